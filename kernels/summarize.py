@@ -1,0 +1,59 @@
+"""The sketch of a chunk: a few low-precision numbers per key, in a basis of the layer's own keys.
+
+Why not one vector per chunk: at equal bytes, chunk means and boxes miss the needle that low-rank token codes find
+(shared notes, summaries.md: 6 of 6 needles at 16K against 1 of 6 for means).
+"""
+
+import torch
+
+from kvtier.kernels.quantize import pack, quantize
+
+
+def fit_basis(keys: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and principal directions of one layer's keys, per KV head.
+
+    The eigen-decomposition runs in float32 on the CPU, whatever the device: it is small, happens once per layer and
+    sequence, and one implementation gives one basis. Sign: the largest component of each direction is positive.
+
+    Parameters
+    ----------
+    keys : Tensor [N, n, D]
+        The un-rotated keys then held after the sinks.
+    rank : int
+        Directions kept, at most D.
+
+    Returns
+    -------
+    mean : Tensor [N, D], float32
+    basis : Tensor [N, D, rank], float32, orthonormal columns, largest variance first
+    """
+    x = keys.float()
+    mean = x.mean(dim=1)
+    x = x - mean[:, None]
+    covariance = (x.transpose(1, 2) @ x / keys.shape[1]).cpu()
+    _, vectors = torch.linalg.eigh(covariance)
+    basis = vectors.flip(-1)[..., :rank]
+    largest = basis.abs().argmax(dim=1, keepdim=True)
+    basis = basis * basis.gather(1, largest).sign()
+    return mean, basis.contiguous().to(keys.device)
+
+
+def encode_sketch(
+    keys: torch.Tensor, mean: torch.Tensor, basis: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of the keys of m chunks: coordinates of k - mean, one scale per chunk and direction.
+
+    Parameters
+    ----------
+    keys : Tensor [N, m, C, D]
+    mean, basis : as ``fit_basis`` returns them
+    bits : 2, 4 or 8
+
+    Returns
+    -------
+    codes : Tensor [N, m, C, packed_size(rank, bits)], uint8
+    scale : Tensor [N, m, rank], bfloat16
+    """
+    coordinates = (keys.float() - mean[:, None, None]) @ basis[:, None]  # [N, m, C, rank]
+    codes, scale = quantize(coordinates, bits, dim=2)
+    return pack(codes, bits), scale.squeeze(2)

@@ -1,0 +1,128 @@
+"""From a configuration and a model to a runtime: every check first, then every allocation."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from kvtier.config import Config, resolve_geometry
+from kvtier.families import Anatomy
+from kvtier.memory import Budgets, resolve_budgets
+from kvtier.rope import rotary_tables, trained_window
+from kvtier.runtime.budget import Budget
+from kvtier.runtime.device_pool import DevicePool
+from kvtier.runtime.engine import Engine, Rotary
+from kvtier.runtime.errors import UnsupportedError
+from kvtier.runtime.geometry import Geometry
+from kvtier.runtime.host_pool import HostPool
+from kvtier.runtime.reattention import ReAttentionEngine
+from kvtier.runtime.residency import Residency
+from kvtier.runtime.sizing import DeviceSizes, check_host_budget, device_sizes, windows_set_aside
+from kvtier.runtime.store import StoreTier
+from kvtier.runtime.summary import Summary, make_summary
+from kvtier.runtime.tier import Tier, TierCounters
+from kvtier.runtime.tiered import TieredEngine
+
+
+class Runtime:
+    """Budgets, tiers and engine of one offload block. ``open`` allocates, ``close`` gives everything back."""
+
+    engine: Engine[Any]
+
+    def __init__(self, config: Config, anatomy: Anatomy, geometry: Geometry, budgets: Budgets) -> None:
+        self.config = config
+        self.geometry = geometry
+        self._anatomy = anatomy
+        self._gpu = Budget("gpu", budgets.gpu_bytes)
+        self._host = Budget("host", budgets.host_bytes)
+        self._disk = None if budgets.disk_bytes is None else Budget("disk", budgets.disk_bytes)
+        self._residency: Residency | None = None
+        shape = anatomy.shape
+        self._rotary_dim = 2 * anatomy.rotary.original_inv_freq.numel()  # type: ignore[operator]
+        self._summary: Summary | None = None
+        self._sizes: DeviceSizes | None = None
+        if config.attention.method == "chunks":
+            s = config.summary
+            self._summary = make_summary(
+                s.kind, chunk=geometry.chunk, head_dim=shape.head_dim, dtype=shape.dtype, rank=s.rank, bits=s.bits
+            )
+            self._sizes = device_sizes(shape, geometry, self._summary, self._rotary_dim, budgets.gpu_bytes)
+            check_host_budget(shape, geometry, budgets.host_bytes)
+
+    def open(self) -> None:
+        """Allocate the fixed parts. Raises BudgetError or StoreError with everything given back."""
+        shape = self._anatomy.shape
+        if self.config.attention.method == "reattention":
+            self._gpu.take(2 * self.geometry.max * self._rotary_dim * 4, "rotary tables")
+            picks = self.config.attention.picks
+            self.engine = ReAttentionEngine(shape, self.geometry, self._rotary(), picks, self._gpu)
+            return
+        assert self._summary is not None
+        assert self._sizes is not None
+        self._gpu.take(self._sizes.fixed, "window ring, attention scratch and rotary tables")
+        self._host.set_aside(windows_set_aside(shape, self.geometry))
+        self._residency = self._open_tiers(self._sizes.pool_slots)
+        self.engine = TieredEngine(
+            shape, self.geometry, self._rotary(), self._summary, self._residency, self._gpu, self._host
+        )
+
+    def _open_tiers(self, pool_slots: int) -> Residency:
+        shape, chunk = self._anatomy.shape, self.geometry.chunk
+        record = (chunk, shape.head_dim, shape.dtype)
+        store = None
+        if self._disk is not None:
+            assert self.config.store.path is not None
+            store = StoreTier(self.config.store.path, self._disk, *record)
+        device = DevicePool(self._gpu, pool_slots, *record, shape.device)
+        host = HostPool(self._host, *record, pin=shape.device.type == "cuda")
+        return Residency(device, host, store)
+
+    def _rotary(self) -> Rotary:
+        return rotary_tables(self._anatomy.rotary, self.geometry.max, self._anatomy.shape.device)
+
+    def close(self) -> None:
+        """Give everything back; a second call does nothing."""
+        if self._residency is not None:
+            self._residency.close()
+
+    def report(self) -> dict[str, Any]:
+        """The tiers' part of ``kv.stats()``."""
+        r = self._residency
+        tiers: dict[str, tuple[Budget, Tier | None]] = {
+            "device": (self._gpu, r.device if r else None),
+            "host": (self._host, r.host if r else None),
+        }
+        if self._disk is not None:
+            tiers["disk"] = (self._disk, r.store if r else None)
+        return {
+            "tiers": {name: _tier_report(*tier) for name, tier in tiers.items()},
+            "stalls": {
+                "fetch_seconds": r.stall_seconds if r else 0.0,
+                "spill_seconds": r.spill_seconds if r else 0.0,
+            },
+            "longest_attended": self.engine.longest_attended,
+        }
+
+
+def _tier_report(budget: Budget, tier: Tier | None) -> dict[str, Any]:
+    counters = TierCounters() if tier is None else tier.counters
+    return {
+        "bytes": budget.used_bytes,
+        "budget": budget.limit_bytes,
+        "chunks": 0 if tier is None else len(tier),
+        "hits": counters.hits,
+        "misses": counters.misses,
+        "hit_rate": counters.hit_rate,
+        "bytes_read": counters.bytes_read,
+        "bytes_written": counters.bytes_written,
+    }
+
+
+def build_runtime(config: Config, anatomy: Anatomy, model_config: PreTrainedConfig) -> Runtime:
+    """Check everything that can be checked before anything is allocated."""
+    if config.store.mode == "durable":
+        raise UnsupportedError('[store] mode = "durable" is not supported yet (sessions): use "spill"')
+    if config.store.dtype != "auto":
+        raise UnsupportedError(f'[store] dtype = "{config.store.dtype}" is not supported yet: use "auto"')
+    geometry = resolve_geometry(config, trained_window(model_config))
+    budgets = resolve_budgets(config.budget, anatomy.shape.device, config.store.path)
+    return Runtime(config, anatomy, geometry, budgets)
