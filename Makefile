@@ -28,7 +28,7 @@ CHECK_PYTHON = import sys; v = sys.version_info[:2]; \
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo      a book of 128K tokens, a small model, a question (ARGS=... goes to kvtier demo)"
+	@echo "make demo      a small model answers from a novel twice its window (ARGS=... goes to kvtier demo)"
 	@echo "make setup     .venv with everything that development needs"
 	@echo "make test      the tests; test-slow, test-gpu: the ones that make test leaves out"
 	@echo "make test-oldest  integration tests with $(OLDEST), in $(OLD)"

@@ -16,15 +16,16 @@ FOLDER = Path(__file__).parent / "results"
 def record(bench: str, rows: list[dict[str, Any]], command: str) -> Path:
     """Merge ``rows`` ({"case", "value", "unit", and optionally "ceiling", "baseline", ...}) into a bench's file.
 
-    A case that was measured before is replaced, other cases stay.
+    A case that was measured before on the same device is replaced, other cases stay.
     """
     path = FOLDER / f"{bench}.json"
-    known = {row["case"]: row for row in json.loads(path.read_text())} if path.exists() else {}
+    known = json.loads(path.read_text()) if path.exists() else []
     where = machine() | {"command": command}
-    for row in rows:
-        known[row["case"]] = {"ceiling": None, "baseline": None} | row | where
+    measured = {row["case"] for row in rows}
+    kept = [row for row in known if row["case"] not in measured or row["gpu"] != where["gpu"]]
+    kept += [{"ceiling": None, "baseline": None} | row | where for row in rows]
     FOLDER.mkdir(exist_ok=True)
-    path.write_text(json.dumps(list(known.values()), indent=1) + "\n")
+    path.write_text(json.dumps(kept, indent=1) + "\n")
     return path
 
 

@@ -37,8 +37,8 @@ def wrap_forward(kv: "Offload", original: Callable[..., Any]) -> Callable[..., A
         ids = arguments.pop("input_ids", None)
         check_arguments(arguments)
         ids = kv.check_ids(ids)
-        check_mask(arguments.get("attention_mask"))
         cache = kv.adopt(cache)
+        check_mask(arguments.get("attention_mask"), cache.get_seq_length(), ids.shape[1])
         _check_positions(arguments.get("position_ids"), cache.get_seq_length(), ids.shape[1])
         keep = arguments.get("logits_to_keep", 0)
         if isinstance(keep, torch.Tensor):
@@ -78,12 +78,14 @@ def check_ids(ids: Any, vocabulary: int) -> torch.Tensor:
     return ids
 
 
-def check_mask(mask: Any) -> None:
-    """An attention mask may only say that every token counts."""
+def check_mask(mask: Any, cached: int, n: int) -> None:
+    """An attention mask may only say that every one of ``n`` new, or of all cached and new tokens counts."""
     if mask is None:
         return
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         raise UnsupportedError("attention_mask must be a 2-D tensor of ones: kvtier makes its own masks")
+    if mask.shape[1] not in (n, cached + n):
+        raise UnsupportedError(f"attention_mask has {mask.shape[1]} columns for {n} tokens on {cached} cached ones")
     if not bool(mask.all()):
         raise UnsupportedError("attention_mask has zeros: padding is not supported yet, give the tokens without pads")
 

@@ -56,8 +56,9 @@ def wrap_generate(kv: "Offload", original: Callable[..., Any]) -> Callable[..., 
         if len(given) != 1:
             raise UnsupportedError("give the prompt's token ids once, as the first argument or as input_ids=")
         ids = kv.check_ids(given[0])
+        cache = kv.adopt(cache)
         mask = kwargs.pop("attention_mask", None)
-        check_mask(mask)
+        check_mask(mask, cache.get_seq_length(), ids.shape[1])
         if mask is None:
             pad, eos = (
                 effective(name, generation_config, kv.model.generation_config, kwargs)
@@ -66,7 +67,6 @@ def wrap_generate(kv: "Offload", original: Callable[..., Any]) -> Callable[..., 
             check_padding(ids, pad, eos)
         if kwargs.pop("position_ids", None) is not None:
             raise UnsupportedError("position_ids: kvtier gives positions of its own to what is attended")
-        cache = kv.adopt(cache)
         kwargs.update(call_arguments(cache, ids, kv.model.device))
         kwargs[cache_name(kv.model.forward)] = cache
         kwargs["prefill_chunk_size"] = None  # stock chunking feeds a cached prompt twice; blocks are kvtier's own

@@ -22,6 +22,7 @@ from kvtier.forward import check_ids, run_blocks, wrap_forward
 from kvtier.generate import wrap_generate
 from kvtier.rope import identity_rotary
 from kvtier.runtime.errors import KvtierError, UnsupportedError
+from kvtier.runtime.geometry import Geometry
 from kvtier.runtime.sequence import Sequence as CachedSequence
 from kvtier.stats import Clock, Stats
 
@@ -77,8 +78,8 @@ class Offload:
         self._last_stats: Stats | None = None
 
     @property
-    def geometry(self) -> Any:
-        """The resolved ``[attention]`` and ``[prefill]`` values, a ``kvtier.runtime.geometry.Geometry``."""
+    def geometry(self) -> Geometry:
+        """The resolved ``[attention]`` and ``[prefill]`` values."""
         return self._runtime.geometry
 
     # -- entering and leaving ------------------------------------------------------------------------------------------
