@@ -55,6 +55,48 @@ def sketch_scores(
     return scores.view(n, -1, m, c).amax(dim=-1) + q @ mean[..., None]
 
 
+def mean_scores(q: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """q.mean of each chunk.
+
+    ``q`` [N, Q, D] float32, ``mean`` [N, m, D] in the model's dtype -> [N, Q, m] float32.
+    """
+    return q @ mean.float().transpose(1, 2)
+
+
+def minmax_scores(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """Largest q.x over the box ``low`` to ``high`` of each chunk: sum_d max(q_d low_d, q_d high_d).
+
+    The sign of q_d decides which of the two is the larger: two matrix products, nothing of size [N, Q, m, D].
+
+    Parameters
+    ----------
+    q : Tensor [N, Q, D], float32
+    low, high : Tensor [N, m, D] each, in the model's dtype
+
+    Returns
+    -------
+    Tensor [N, Q, m], float32
+    """
+    scores = q.clamp(min=0) @ high.float().transpose(1, 2)
+    return scores.baddbmm_(q.clamp(max=0), low.float().transpose(1, 2))
+
+
+def cuboid_scores(q: torch.Tensor, centre: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+    """Largest q.x over the box ``centre`` - ``deviation`` to ``centre`` + ``deviation``: q.centre + |q|.deviation.
+
+    Parameters
+    ----------
+    q : Tensor [N, Q, D], float32
+    centre, deviation : Tensor [N, m, D] each, in the model's dtype
+
+    Returns
+    -------
+    Tensor [N, Q, m], float32
+    """
+    scores = q @ centre.float().transpose(1, 2)
+    return scores.baddbmm_(q.abs(), deviation.float().transpose(1, 2))
+
+
 def chunk_weights(scores: torch.Tensor) -> torch.Tensor:
     """Weight of each chunk for a KV head: the mean over its queries of the softmax over chunks.
 

@@ -1,6 +1,7 @@
-"""The sketch of a chunk: a few low-precision numbers per key, in a basis of the layer's own keys.
+"""What a chunk leaves on the device: a sketch, or one or two vectors (mean, box, cuboid).
 
-Why not one vector per chunk: at equal bytes, chunk means and boxes miss the needle that low-rank token codes find
+A sketch is a few low-precision numbers per key, in a basis of the layer's own keys. Why it is the default and not one
+or two vectors per chunk: at equal bytes, chunk means and boxes miss the needle that low-rank token codes find
 (shared notes, summaries.md: 6 of 6 needles at 16K against 1 of 6 for means).
 """
 
@@ -57,3 +58,38 @@ def encode_sketch(
     coordinates = (keys.float() - mean[:, None, None]) @ basis[:, None]  # [N, m, C, rank]
     codes, scale = quantize(coordinates, bits, dim=2)
     return pack(codes, bits), scale.squeeze(2)
+
+
+def encode_mean(keys: torch.Tensor) -> torch.Tensor:
+    """Mean of the keys of each chunk, computed in float32.
+
+    ``keys`` [N, m, C, D] -> [N, m, D] in the keys' dtype.
+    """
+    return keys.mean(dim=2, dtype=torch.float32).to(keys.dtype)
+
+
+def encode_minmax(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest value of each dimension over the keys of each chunk; nothing is rounded.
+
+    ``keys`` [N, m, C, D] -> low, high: [N, m, D] each, in the keys' dtype.
+    """
+    return keys.amin(dim=2), keys.amax(dim=2)
+
+
+def encode_cuboid(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centre of the box around each chunk's keys, and the mean distance of the keys from it in each dimension.
+
+    Computed in float32; the distances are from the centre as it is stored.
+
+    Parameters
+    ----------
+    keys : Tensor [N, m, C, D]
+
+    Returns
+    -------
+    centre, deviation : Tensor [N, m, D] each, in the keys' dtype
+    """
+    low, high = encode_minmax(keys)
+    centre = ((low.float() + high.float()) / 2).to(keys.dtype)
+    deviation = (keys.float() - centre.float()[:, :, None]).abs().mean(dim=2)
+    return centre, deviation.to(keys.dtype)

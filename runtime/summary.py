@@ -20,7 +20,10 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of each code tensor for one chunk of one KV head."""
 
 KINDS = {
+    "cuboid": "kvtier.runtime.summary_cuboid:CuboidSummary",
     "exact": "kvtier.runtime.summary_exact:ExactSummary",
+    "mean": "kvtier.runtime.summary_mean:MeanSummary",
+    "minmax": "kvtier.runtime.summary_minmax:MinMaxSummary",
     "sketch": "kvtier.runtime.summary_sketch:SketchSummary",
 }
 
