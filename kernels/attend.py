@@ -7,9 +7,12 @@ import torch.nn.functional as F
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of the first ``R`` dimensions in float32 ("rotate half", as Llama).
 
-    ``x`` [..., n, D], ``cos`` and ``sin`` [n, R] float32 -> [..., n, D] in x's dtype; dimensions from R on stay.
+    ``x`` [..., n, D], ``cos`` and ``sin`` [n, R] float32 -> [..., n, D] in x's dtype; dimensions from R on stay, and
+    R = 0 turns nothing.
     """
     rotary = cos.shape[-1]
+    if not rotary:
+        return x
     head = x[..., :rotary].float()
     first, second = head.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)

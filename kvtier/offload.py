@@ -6,11 +6,12 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import GenerationMixin
 
 from kvtier import attention
 from kvtier.build import build_runtime
@@ -101,6 +102,9 @@ class Offload:
             rotary = self._anatomy.rotary
             rotary_dim = 2 * rotary.original_inv_freq.numel()  # type: ignore[operator]
             self._replace(stack, rotary, "forward", identity_rotary(rotary_dim))
+            if self._anatomy.family.stock_inputs:
+                inputs = MethodType(GenerationMixin.prepare_inputs_for_generation, self.model)
+                self._replace(stack, self.model, "prepare_inputs_for_generation", inputs)
             self._forward = self.model.forward
             self._replace(stack, self.model, "forward", wrap_forward(self, self.model.forward))
             self._replace(stack, self.model, "generate", wrap_generate(self, self.model.generate))

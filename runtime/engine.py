@@ -24,17 +24,34 @@ class ModelShape:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    unrotated: frozenset[int] = frozenset()
+    """Layers whose queries and keys have no positions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """Rotary tables for positions 0..max-1, on the device."""
+    """Rotary tables for positions 0..max-1, on the device; they turn the first R of D dimensions."""
 
     cos: torch.Tensor
     """[max, R] float32, attention_scaling included"""
     sin: torch.Tensor
     """[max, R] float32, attention_scaling included"""
     attention_scaling: float
+
+    def nowhere(self) -> "Rotary":
+        """For a layer without positions: R = 0, nothing is turned or scaled."""
+        return Rotary(self.cos[:, :0], self.sin[:, :0], 1.0)
+
+    def is_partial(self, head_dim: int) -> bool:
+        """Whether some dimensions are turned and others are not."""
+        return 0 < self.cos.shape[-1] < head_dim
+
+    def unplaced(self, q: torch.Tensor) -> torch.Tensor:
+        """``q`` [..., D] for a product with un-rotated keys that is what both, rotated to one position, would give."""
+        rotary, factor = self.cos.shape[-1], self.attention_scaling**2
+        if rotary == q.shape[-1] or factor == 1.0:
+            return q * factor
+        return torch.cat((q[..., :rotary] * factor, q[..., rotary:]), dim=-1)
 
 
 AnySequence = TypeVar("AnySequence", bound=Sequence)
@@ -43,8 +60,10 @@ AnySequence = TypeVar("AnySequence", bound=Sequence)
 class Engine(ABC, Generic[AnySequence]):
     """Device state of one offload block; many sequences, one of them running at a time."""
 
-    def __init__(self, shape: ModelShape, geometry: Geometry) -> None:
+    def __init__(self, shape: ModelShape, geometry: Geometry, rotary: Rotary) -> None:
         self.shape = shape
+        self.rotary = [rotary.nowhere() if layer in shape.unrotated else rotary for layer in range(shape.n_layers)]
+        """Per layer."""
         self.geometry = geometry
         self.longest_attended = 0
         """Largest number of tokens that any step attended to."""

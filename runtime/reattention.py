@@ -33,8 +33,7 @@ class ReAttentionEngine(Engine[DenseSequence]):
     """ReAttention by the letter."""
 
     def __init__(self, shape: ModelShape, geometry: Geometry, rotary: Rotary, picks: int, gpu: Budget) -> None:
-        super().__init__(shape, geometry)
-        self._rotary = rotary
+        super().__init__(shape, geometry, rotary)
         self._picks = picks
         self._gpu = gpu
         self.last_view: list[torch.Tensor] = [torch.empty(0, dtype=torch.int64)] * shape.n_layers
@@ -71,14 +70,14 @@ class ReAttentionEngine(Engine[DenseSequence]):
         start, end = sequence.length, sequence.length + q.shape[1]
         kv = self._grow(sequence, layer, end)
         kv[0, :, start:end], kv[1, :, start:end] = k, v
-        view = self._view(q, kv[0, :, :end], end, sequence.select)
+        view = self._view(layer, q, kv[0, :, :end], end, sequence.select)
         self.last_view[layer] = view
         n = view.numel()
         self.longest_attended = max(self.longest_attended, n)
-        cos, sin = self._rotary.cos[:n], self._rotary.sin[:n]
-        return attend(q, kv[0, :, view], kv[1, :, view], cos, sin, scaling)
+        rotary = self.rotary[layer]
+        return attend(q, kv[0, :, view], kv[1, :, view], rotary.cos[:n], rotary.sin[:n], scaling)
 
-    def _view(self, q: torch.Tensor, keys: torch.Tensor, end: int, select: int) -> torch.Tensor:
+    def _view(self, layer: int, q: torch.Tensor, keys: torch.Tensor, end: int, select: int) -> torch.Tensor:
         """Positions [n] that the block attends to, one set for all heads and queries."""
         g = self.geometry
         if end <= g.sink + g.local:
@@ -88,6 +87,8 @@ class ReAttentionEngine(Engine[DenseSequence]):
         if not select:
             return torch.cat((sinks, local))
         middle = keys[:, g.sink : end - g.local]
+        if self.rotary[layer].is_partial(q.shape[-1]):  # else all of q.k has one factor, which changes no choice
+            q = self.rotary[layer].unplaced(q.float())
         indices, scores = pick_tokens(q, middle, self._picks)
         seeds = elect_seeds(indices, scores, middle.shape[1], select)
         return torch.cat((sinks, spread(seeds, g.chunk, middle.shape[1]) + g.sink, local))

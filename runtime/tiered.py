@@ -40,11 +40,10 @@ class TieredEngine(Engine[TieredSequence]):
         gpu: Budget,
         host: Budget,
     ) -> None:
-        super().__init__(shape, geometry)
+        super().__init__(shape, geometry, rotary)
         self.residency = residency
         self._gpu = gpu
         self._host = host
-        self._rotary = rotary
         self._summary = summary
         kv = (shape.n_kv_heads, shape.head_dim)
         self._ring = WindowRing(geometry, shape.n_layers, *kv, shape.dtype, shape.device)
@@ -112,12 +111,13 @@ class TieredEngine(Engine[TieredSequence]):
         start = sequence.length
         chunks = sequence.layers[layer]
         self._retire(chunks, layer, start)
-        chosen = self._choose(chunks, q, start, sequence.select, scaling)
+        chosen = self._choose(chunks, layer, q, start, sequence.select, scaling)
         self.last_chosen[layer] = chosen
         self._ring.write(layer, start, k, v)
         n = self._assemble(chunks, layer, chosen, start, start + q.shape[1])
         keys, values = self._attended[0, :, :n], self._attended[1, :, :n]
-        return attend(q, keys, values, self._rotary.cos[:n], self._rotary.sin[:n], scaling)
+        rotary = self.rotary[layer]
+        return attend(q, keys, values, rotary.cos[:n], rotary.sin[:n], scaling)
 
     def _retire(self, chunks: LayerChunks, layer: int, start: int) -> None:
         """Summarise and store the chunks that the block at ``start`` can select and the last one could not."""
@@ -136,7 +136,7 @@ class TieredEngine(Engine[TieredSequence]):
         chunks.ids = np.concatenate([chunks.ids, ids.reshape(n_kv, -1)], axis=1)
 
     def _choose(
-        self, chunks: LayerChunks, q: torch.Tensor, start: int, select: int, scaling: float
+        self, chunks: LayerChunks, layer: int, q: torch.Tensor, start: int, select: int, scaling: float
     ) -> torch.Tensor | None:
         """Chunks [N, n] to attend to, ascending, or None when there are none."""
         n_chunks = self.geometry.selectable(start)
@@ -144,8 +144,7 @@ class TieredEngine(Engine[TieredSequence]):
             return None
         if n_chunks <= select:
             return torch.arange(n_chunks, device=q.device).expand(self.shape.n_kv_heads, -1)
-        choosing = q[:, self.geometry.choosing(q.shape[1])].float()
-        choosing = choosing * (scaling * self._rotary.attention_scaling**2)
+        choosing = self.rotary[layer].unplaced(q[:, self.geometry.choosing(q.shape[1])].float()) * scaling
         rows = choosing.reshape(self.shape.n_kv_heads, -1, self.shape.head_dim)  # [N, group*Q, D]
         return top_chunks(self._weigh(chunks, rows, n_chunks), select)
 

@@ -22,12 +22,14 @@ from models import (
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    Gemma2Config,
     GenerationConfig,
+    Glm4Config,
     GPT2Config,
     LlamaForSequenceClassification,
     LlamaModel,
     MistralConfig,
-    Qwen2Config,
+    OlmoConfig,
     StaticCache,
 )
 
@@ -106,23 +108,35 @@ TINY = {
     "eos_token_id": 2,
 }
 OTHER_FAMILIES = {
-    "qwen2": (lambda: Qwen2Config(**TINY), "modeling_qwen2.Qwen2Attention"),
-    "mistral": (lambda: MistralConfig(**TINY), "modeling_mistral.MistralAttention"),
-    "mistral-sliding": (lambda: MistralConfig(**TINY, sliding_window=32), "modeling_mistral.MistralAttention"),
+    "glm4": (lambda: Glm4Config(**TINY, head_dim=8), "modeling_glm4.Glm4Attention", "turns interleaved pairs"),
+    "gemma2": (lambda: Gemma2Config(**TINY, head_dim=8), "modeling_gemma2.Gemma2Attention", r"softcap"),
+    "olmo": (lambda: OlmoConfig(**TINY), "modeling_olmo.OlmoAttention", "not tested with kvtier"),
     "gpt2": (
         lambda: GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),
         "modeling_gpt2.GPT2Attention",
+        "its positions are not rotary",
     ),
 }
 
 
 @pytest.mark.parametrize("family", OTHER_FAMILIES)
 def test_another_family(family):
-    make, attention = OTHER_FAMILIES[family]
+    make, attention, reason = OTHER_FAMILIES[family]
     model = AutoModelForCausalLM.from_config(make()).eval()
     before = fingerprint(model)
     name = type(model).__name__
-    with refused(Unsupported, rf"{name} is not supported: it uses .*{re.escape(attention)}. Supported families: Llama"):
+    used = rf"it uses .*{re.escape(attention)} \(.*{reason}.*\) as \S+\.0\.\S*attn"
+    with refused(Unsupported, rf"{name} is not supported: {used}. Supported families: Llama, Mistral, "):
+        kvtier.offload(model, settings(window=256))
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("sliding_window", [32, 255])
+def test_a_supported_family_with_a_sliding_window(sliding_window):
+    model = AutoModelForCausalLM.from_config(MistralConfig(**TINY, sliding_window=sliding_window)).eval()
+    before = fingerprint(model)
+    message = rf"model.layers.0.self_attn \(MistralAttention\) has a sliding window \({sliding_window} tokens\)"
+    with refused(Unsupported, rf"{message}: layers with a sliding window are not supported yet"):
         kvtier.offload(model, settings(window=256))
     assert_untouched(model, before)
 
@@ -185,7 +199,8 @@ def test_output_hidden_states_in_the_config():
 def test_sliding_window_in_a_llama_config():
     model = tiny_llama()
     model.config.sliding_window = 64
-    with refused(Unsupported, r"sliding window \(64 tokens\) are not supported yet"):
+    message = r"layers.0.self_attn \(LlamaAttention\) has a sliding window \(64 tokens\).* are not supported yet"
+    with refused(Unsupported, message):
         kvtier.offload(model, settings())
 
 
