@@ -17,7 +17,7 @@ CITIES = {
     "Las Vegas": "LV", "Memphis": "ME", "New York": "NY", "Orlando": "OR", "Portland": "PO", "San Francisco": "SF",
 }  # fmt: skip
 """Each number begins with its city's letters, and so does the answer that the model completes: a model this small mixes
-up several bare numbers in one text, whatever it is shown (12 of 24 found so, against 12 of 12 with letters)."""
+up several bare numbers in one text, whatever it is shown (4 of 12 found so at 16K, against 16 of 18 with letters)."""
 
 
 @dataclass(frozen=True, slots=True)
