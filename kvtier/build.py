@@ -36,6 +36,7 @@ class Runtime:
         self._host = Budget("host", budgets.host_bytes)
         self._disk = None if budgets.disk_bytes is None else Budget("disk", budgets.disk_bytes)
         self._residency: Residency | None = None
+        self._engine_open = False
         shape = anatomy.shape
         self._rotary_dim = 2 * anatomy.rotary.original_inv_freq.numel()  # type: ignore[operator]
         self._summary: Summary | None = None
@@ -55,6 +56,7 @@ class Runtime:
             self._gpu.take(2 * self.geometry.max * self._rotary_dim * 4, "rotary tables")
             picks = self.config.attention.picks
             self.engine = ReAttentionEngine(shape, self.geometry, self._rotary(), picks, self._gpu)
+            self._engine_open = True
             return
         assert self._summary is not None
         assert self._sizes is not None
@@ -64,6 +66,7 @@ class Runtime:
         self.engine = TieredEngine(
             shape, self.geometry, self._rotary(), self._summary, self._residency, self._gpu, self._host
         )
+        self._engine_open = True
 
     def _open_tiers(self, pool_slots: int) -> Residency:
         shape, chunk = self._anatomy.shape, self.geometry.chunk
@@ -81,7 +84,10 @@ class Runtime:
 
     def close(self) -> None:
         """Give everything back; a second call does nothing."""
-        if self._residency is not None:
+        if self._engine_open:
+            self._engine_open = False
+            self.engine.close()
+        elif self._residency is not None:  # ``open`` failed between the tiers and the engine
             self._residency.close()
 
     def report(self) -> dict[str, Any]:

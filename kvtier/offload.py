@@ -75,6 +75,7 @@ class Offload:
         self._stack = ExitStack()
         self._open = self._entered = False
         self._dead: deque[CachedSequence] = deque()
+        self._caches: weakref.WeakSet[TieredCache] = weakref.WeakSet()
         self._clock = Clock()
         self._last_stats: Stats | None = None
 
@@ -126,6 +127,8 @@ class Offload:
     ) -> None:
         self._open = False
         self._last_stats = self._collect()
+        for cache in self._caches:
+            self._runtime.engine.release(cache._lane.sequence)
         self._stack.close()
 
     # -- caches --------------------------------------------------------------------------------------------------------
@@ -214,6 +217,7 @@ class Offload:
         self._reap()
         cache = TieredCache(self, Lane(self._runtime.engine, sequence))
         weakref.finalize(cache, self._dead.append, sequence)
+        self._caches.add(cache)
         return cache
 
     def _reap(self) -> None:

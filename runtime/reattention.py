@@ -111,4 +111,5 @@ class ReAttentionEngine(Engine[DenseSequence]):
         return 2 * self.shape.n_kv_heads * self.shape.head_dim * self.shape.dtype.itemsize
 
     def close(self) -> None:
-        """Nothing is held by the block itself."""
+        """Give everything back; the engine cannot be used any more."""
+        self.rotary = []

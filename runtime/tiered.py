@@ -181,6 +181,8 @@ class TieredEngine(Engine[TieredSequence]):
         return n
 
     def close(self) -> None:
-        """Give everything back."""
+        """Give everything back; the engine cannot be used any more."""
         self._running = None
+        self.rotary = []
+        del self._ring, self._attended
         self.residency.close()

@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -921,3 +922,17 @@ def test_entering_a_block_twice_one_after_the_other(model):
     except kvtier.KvtierError:
         return
     assert first == second == stock_tokens()
+
+
+def test_a_block_that_has_ended_holds_no_tensors(model):
+    """``kv`` and the caches are often still in scope: what they held must be gone all the same."""
+    with kvtier.offload(model, settings()) as kv:
+        cache = kv.prefill(BOOK)
+        fork = cache.fork()
+        engine, sequences = kv._runtime.engine, [c._lane.sequence for c in (cache, fork)]
+        held = [weakref.ref(engine._ring), weakref.ref(sequences[0].layers[0].codes)]
+    gc.collect()
+    assert [ref() for ref in held] == [None, None]
+    assert all(not s.layers and s.parked is None for s in sequences)
+    assert kv._runtime._gpu.used_bytes <= kv._runtime._sizes.fixed
+    assert repr(cache) == "TieredCache(closed)"
