@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -166,8 +165,3 @@ def _report(n_tokens: int, seed: int, answers: list[Answer], stats: dict[str, An
         "prefill_tokens_per_s": stats["prefill"]["tokens_per_s"],
         "decode_tokens_per_s": stats["decode"]["tokens_per_s"],
     }
-
-
-def default_store(path: str | None) -> str | None:
-    """The directory for the disk tier, or None for a temporary one."""
-    return None if path is None else str(Path(path).expanduser())
