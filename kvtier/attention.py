@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
+from kvtier.kernels.attend import Logits
+from kvtier.runtime.engine import Engine
 from kvtier.runtime.errors import UnsupportedError
 
 NAME = "kvtier"
@@ -20,9 +22,11 @@ def attention(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """``query`` [1, H, b, D], ``key`` and ``value`` [1, N, b, D] (the new tokens only) -> [1, b, H, D].
+    """``query`` [R, H, b, D], ``key`` and ``value`` [R, N, b, D] (the new tokens only) -> [R, b, H, D].
 
     Raises UnsupportedError for a mask and for keyword arguments that would change the result and are not known here.
     """
@@ -37,24 +41,26 @@ def attention(
         raise UnsupportedError(
             f"layer {layer} ({type(module).__name__}) passes an attention mask: kvtier makes its own"
         )
-    for name, argument in kwargs.items():
-        if not _harmless(name, argument, lane.engine.geometry.max):
+    for name, argument in ({"sliding_window": None} | kwargs).items():
+        if not _harmless(name, argument, layer, lane.engine):
             given = tuple(argument.shape) if isinstance(argument, torch.Tensor) else argument
             raise UnsupportedError(
                 f"layer {layer} ({type(module).__name__}) calls attention with {name}={given}: not supported by kvtier"
             )
-    out = lane.attend(layer, query[0], key[0], value[0], scaling)
-    return out.transpose(0, 1)[None], None
+    out = lane.attend(layer, query, key, value, Logits(scaling, softcap, s_aux))
+    return out.transpose(1, 2), None
 
 
-def _harmless(name: str, argument: Any, longest: int) -> bool:
-    """Whether attention over at most ``longest`` tokens is the same without this keyword argument."""
+def _harmless(name: str, argument: Any, layer: int, engine: Engine[Any]) -> bool:
+    """Whether attention as the engine computes it is the same without this keyword argument."""
+    if name == "sliding_window" and layer in engine.shape.sliding_layers:
+        return bool(argument == engine.shape.sliding_window)
     if argument is None or name in HARMLESS:
         return True
     if name == "dropout":
         return bool(argument == 0)
     if name == "sliding_window":
-        return int(argument) >= longest
+        return int(argument) >= engine.geometry.max
     return argument is (name == "is_causal")  # a switch that is off, or kvtier's own order
 
 

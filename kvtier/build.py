@@ -1,19 +1,22 @@
 """From a configuration and a model to a runtime: every check first, then every allocation."""
 
+import warnings
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from kvtier.compat import frequencies
 from kvtier.config import Config, resolve_geometry
 from kvtier.families import Anatomy
 from kvtier.memory import Budgets, resolve_budgets
 from kvtier.rope import rotary_tables, trained_window
 from kvtier.runtime.budget import Budget
 from kvtier.runtime.device_pool import DevicePool
-from kvtier.runtime.engine import Engine, Rotary
+from kvtier.runtime.engine import Engine
 from kvtier.runtime.errors import UnsupportedError
 from kvtier.runtime.geometry import Geometry
 from kvtier.runtime.host_pool import HostPool
+from kvtier.runtime.model import Rotary
 from kvtier.runtime.reattention import ReAttentionEngine
 from kvtier.runtime.residency import Residency
 from kvtier.runtime.sizing import DeviceSizes, check_host_budget, device_sizes, windows_set_aside
@@ -38,7 +41,6 @@ class Runtime:
         self._residency: Residency | None = None
         self._engine_open = False
         shape = anatomy.shape
-        self._rotary_dim = 2 * anatomy.rotary.original_inv_freq.numel()  # type: ignore[operator]
         self._summary: Summary | None = None
         self._sizes: DeviceSizes | None = None
         if config.attention.method == "chunks":
@@ -46,14 +48,14 @@ class Runtime:
             self._summary = make_summary(
                 s.kind, chunk=geometry.chunk, head_dim=shape.head_dim, dtype=shape.dtype, rank=s.rank, bits=s.bits
             )
-            self._sizes = device_sizes(shape, geometry, self._summary, self._rotary_dim, budgets.gpu_bytes)
+            self._sizes = device_sizes(shape, geometry, self._summary, self._rotary_bytes(), budgets.gpu_bytes)
             check_host_budget(shape, geometry, budgets.host_bytes)
 
     def open(self) -> None:
         """Allocate the fixed parts. Raises BudgetError or StoreError with everything given back."""
         shape = self._anatomy.shape
         if self.config.attention.method == "reattention":
-            self._gpu.take(2 * self.geometry.max * self._rotary_dim * 4, "rotary tables")
+            self._gpu.take(self._rotary_bytes(), "rotary tables")
             picks = self.config.attention.picks
             self.engine = ReAttentionEngine(shape, self.geometry, self._rotary(), picks, self._gpu)
             self._engine_open = True
@@ -79,8 +81,29 @@ class Runtime:
         host = HostPool(self._host, *record, pin=shape.device.type == "cuda")
         return Residency(device, host, store)
 
-    def _rotary(self) -> Rotary:
-        return rotary_tables(self._anatomy.rotary, self.geometry.max, self._anatomy.shape.device)
+    def _table_of(self, layer: int) -> tuple[str | None, int]:
+        """Which rotary table a layer needs: its set of frequencies, and the number of positions (0: no rotation)."""
+        positions, shape = self._anatomy.layers[layer], self._anatomy.shape
+        slides = layer in shape.sliding_layers
+        longest = shape.sliding_capacity(self.geometry.block) if slides else self.geometry.max
+        return positions.layer_type, longest if positions.rotates else 0
+
+    def _rotary_bytes(self) -> int:
+        tables = {self._table_of(layer) for layer in range(self._anatomy.shape.n_layers)}
+        return sum(2 * n * 2 * frequencies(self._anatomy.rotary, kind)[0].numel() * 4 for kind, n in tables)
+
+    def _rotary(self) -> list[Rotary]:
+        """Per layer; layers that need the same table share it."""
+        tables: dict[tuple[str | None, int], Rotary] = {}
+        per_layer = []
+        for layer in range(self._anatomy.shape.n_layers):
+            kind, n = self._table_of(layer)
+            if (kind, n) not in tables:
+                longest = n or self.geometry.max
+                table = rotary_tables(self._anatomy.rotary, kind, longest, self._anatomy.shape.device)
+                tables[kind, n] = table if n else table.nowhere()
+            per_layer.append(tables[kind, n])
+        return per_layer
 
     def close(self) -> None:
         """Give everything back; a second call does nothing."""
@@ -129,6 +152,10 @@ def build_runtime(config: Config, anatomy: Anatomy, model_config: PreTrainedConf
         raise UnsupportedError('[store] mode = "durable" is not supported yet (sessions): use "spill"')
     if config.store.dtype != "auto":
         raise UnsupportedError(f'[store] dtype = "{config.store.dtype}" is not supported yet: use "auto"')
+    if not anatomy.shape.full_layers:
+        window = anatomy.shape.sliding_window
+        message = f"every layer has a sliding window of {window} tokens: what is older is forgotten, nothing is tiered"
+        warnings.warn(message, stacklevel=2)
     geometry = resolve_geometry(config, trained_window(model_config))
     budgets = resolve_budgets(config.budget, anatomy.shape.device, config.store.path)
     return Runtime(config, anatomy, geometry, budgets)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kvtier.kernels.attend import Logits
 from kvtier.runtime.engine import Engine
 from kvtier.runtime.errors import UnsupportedError
 from kvtier.runtime.sequence import Sequence
@@ -16,35 +17,60 @@ if TYPE_CHECKING:
 
 
 class Lane:
-    """One sequence and the engine that runs it: what a cache and its layers share."""
+    """The sequences of one cache, one per row of a batch, and the engine that runs them: what its layers share.
 
-    def __init__(self, engine: Engine[Any], sequence: Sequence) -> None:
+    Parameters
+    ----------
+    order : a permutation of the dimensions of queries and keys that makes the model's rotary embedding "rotate half",
+        int64 [D]; None: it is
+    """
+
+    def __init__(self, engine: Engine[Any], sequences: list[Sequence], order: torch.Tensor | None) -> None:
         self.engine = engine
-        self.sequence = sequence
-        self._in_block = False
+        self.sequences = sequences
+        self.pads = [0] * len(sequences)
+        """Pads that each row has had: never stored, but transformers counts them."""
+        self.claimed: int | None = None
+        """Inside ``generate``: the columns that it is to take for cached, so that it feeds all others."""
+        self.ended: set[int] = set()
+        """Inside ``generate``: rows that have ended. They are not fed any more."""
+        self._order = order
+        self._rows: list[int] = []
+
+    @property
+    def columns(self) -> int:
+        """Length of the longest row, pads included."""
+        return max(s.length + pads for s, pads in zip(self.sequences, self.pads, strict=True))
 
     @contextmanager
-    def block(self, ids: torch.Tensor) -> Iterator[None]:
-        """Around one forward of a block of token ``ids`` [b]; after an exception the sequence is as before it."""
-        self.engine.activate(self.sequence)
-        self._in_block = True
+    def block(self, rows: list[int], ids: torch.Tensor) -> Iterator[None]:
+        """Around one forward of token ``ids`` [len(rows), b]; after an exception the sequences are as before it."""
+        self.engine.activate(self.sequences)
+        self._rows = rows
         try:
             yield
         finally:
-            self._in_block = False
-        self.engine.commit(self.sequence, ids)
+            self._rows = []
+        for row, row_ids in zip(rows, ids, strict=True):
+            self.engine.commit(self.sequences[row], row_ids)
 
-    def check_in_block(self) -> None:
-        """Raise UnsupportedError unless a block of this sequence is going through the model."""
-        if not self._in_block:
+    def check_in_block(self, n_rows: int) -> None:
+        """Raise UnsupportedError unless a block of so many rows of this cache is going through the model."""
+        if not self._rows:
             raise UnsupportedError(
                 "a kvtier cache was used around the model's forward, or outside its offload block: call model(...) or "
                 "model.generate(...) inside the block, not an inner module such as model.model(...)"
             )
+        assert n_rows == len(self._rows)
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Attention of the running block in one layer: q [H, b, D], k and v [N, b, D] -> [H, b, D]."""
-        return self.engine.attend(self.sequence, layer, q, k, v, scaling)
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, logits: Logits) -> torch.Tensor:
+        """Attention of the running block in one layer: q [R, H, b, D], k and v [R, N, b, D] -> [R, H, b, D]."""
+        if self._order is not None:
+            q, k = q[..., self._order], k[..., self._order]
+        out = [
+            self.engine.attend(self.sequences[row], layer, q[i], k[i], v[i], logits) for i, row in enumerate(self._rows)
+        ]
+        return torch.stack(out)
 
 
 class TieredLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -66,14 +92,14 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The new K and V [1, N, b, D] as they came, K marked with where it belongs."""
-        self._lane.check_in_block()
+        """The new K and V [R, N, b, D] as they came, K marked with where it belongs."""
+        self._lane.check_in_block(key_states.shape[0])
         key_states = key_states.view(key_states.shape)  # a tensor object of our own to mark
         key_states._kvtier = (self._lane, self._layer)  # type: ignore[attr-defined]
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        return self._lane.sequence.length
+        return self._lane.columns if self._lane.claimed is None else self._lane.claimed
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -95,10 +121,11 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class TieredCache(Cache):
-    """One sequence whose KV cache is spread over the tiers. Made by ``kv.new_cache()`` and ``kv.prefill()``.
+    """One sequence, or a batch of them, whose KV cache is spread over the tiers.
 
-    Pass it to ``model.generate(ids, past_key_values=cache)`` inside its offload block; afterwards it holds the prompt
-    and all generated tokens but the last one, which was never fed to the model: pass it first on the next turn.
+    Made by ``kv.new_cache()`` and ``kv.prefill()``. Pass it to ``model.generate(ids, past_key_values=cache)`` inside
+    its offload block; afterwards each row holds its prompt and all its generated tokens but the last one, which was
+    never fed to the model: pass it first on the next turn.
     """
 
     def __init__(self, owner: "Offload", lane: Lane) -> None:
@@ -107,26 +134,48 @@ class TieredCache(Cache):
         self._lane = lane
 
     @property
-    def token_ids(self) -> torch.Tensor:
-        """The cached token ids, [length] int64 on the CPU (a copy)."""
-        return torch.from_numpy(self._lane.sequence.tokens.array().copy())
+    def n_rows(self) -> int:
+        """Rows of the batch."""
+        return len(self._lane.sequences)
 
-    def fork(self, select: int | None = None) -> "TieredCache":
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """The cached token ids of a cache of one row, [length] int64 on the CPU (a copy)."""
+        if self.n_rows != 1:
+            raise UnsupportedError(f"this cache has {self.n_rows} rows: use cache.row(i).token_ids")
+        return torch.from_numpy(self._lane.sequences[0].tokens.array().copy())
+
+    def fork(self, select: int | None = None, rows: int | None = None) -> "TieredCache":
         """A cache with the same past that goes its own way: chunks are shared, only counters are copied.
 
-        The window of a cache that is not running is kept in host memory, shared by forks until they run. ``select``
-        changes how many chunks the fork attends to (0: sinks and window alone); default as this cache.
+        The window of a cache that is not running is kept in host memory, shared by forks until they run.
 
-        Raises BudgetError when the window does not fit the host budget.
+        Parameters
+        ----------
+        select : chunks that the fork attends to per KV head and step (0: sinks and window alone); default as this cache
+        rows : a batch of so many forks of a cache of one row; default as many rows as this cache
+
+        Raises
+        ------
+        BudgetError
+            The window does not fit the host budget.
         """
-        return self._owner._fork(self, select)
+        if rows is None:
+            return self._owner._fork(self, select, list(range(self.n_rows)))
+        if self.n_rows != 1 or rows < 1:
+            raise UnsupportedError(f"fork(rows={rows}) of a cache of {self.n_rows} rows: it takes 1 row and makes >= 1")
+        return self._owner._fork(self, select, [0] * rows)
+
+    def row(self, index: int) -> "TieredCache":
+        """A fork of one row of a batch. Raises IndexError."""
+        return self._owner._fork(self, None, [range(self.n_rows)[index]])
 
     def rewind(self) -> None:
-        """Forget the last token, so that feeding it again gives its logits again."""
-        sequence = self._lane.sequence
-        if not sequence.can_rewind():
+        """Forget the last token of every row, so that feeding it again gives its logits again."""
+        if not all(sequence.can_rewind() for sequence in self._lane.sequences):
             raise UnsupportedError("the last block of this cache was longer than a token: pass new tokens to go on")
-        sequence.rewind()
+        for sequence in self._lane.sequences:
+            sequence.rewind()
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         raise UnsupportedError("a kvtier cache cannot be cropped (assisted decoding is not supported): fork() before")
@@ -135,15 +184,15 @@ class TieredCache(Cache):
         raise UnsupportedError("assisted decoding is not supported with a kvtier cache")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        raise UnsupportedError("a kvtier cache holds one sequence: use fork() for several continuations")
+        raise UnsupportedError("a kvtier cache is not expanded in place: use fork(rows=...) for several continuations")
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        raise UnsupportedError("a kvtier cache holds one sequence")
+        raise UnsupportedError("rows of a kvtier cache are not selected in place: use row(i)")
 
     def __len__(self) -> int:
         return len(self.layers)
 
     def __repr__(self) -> str:
-        sequence = self._lane.sequence
-        state = "closed" if sequence.closed else f"{sequence.length} tokens"
-        return f"TieredCache({state})"
+        sequences = self._lane.sequences
+        lengths = ", ".join(str(s.length) for s in sequences)
+        return "TieredCache(closed)" if sequences[0].closed else f"TieredCache({lengths} tokens)"

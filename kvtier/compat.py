@@ -1,9 +1,13 @@
-"""The few places where kvtier touches what transformers does not promise, or what its versions name differently."""
+"""The few places where kvtier touches what transformers does not promise, or what its versions name differently.
+
+``tests/test_compat.py`` fails when one of them moves, and when another file of kvtier/ touches a private name.
+"""
 
 import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 CACHE_NAMES = ("cache", "past_key_values")
@@ -30,3 +34,33 @@ def attention_name(config: PreTrainedConfig) -> str | None:
 def set_attention_name(config: PreTrainedConfig, name: str | None) -> None:
     """Switch the attention implementation without transformers' own dispatch, which may import hub kernels."""
     config._attn_implementation_internal = name
+
+
+FREQUENCIES = "original_inv_freq"
+"""The buffer of a rotary module with the frequencies of the trained window; with several sets, its names' ending."""
+
+
+def is_rotary(module: torch.nn.Module) -> bool:
+    """Whether ``module`` makes the cos and sin of a model."""
+    return any(name.endswith(FREQUENCIES) for name, _ in module.named_buffers(recurse=False))
+
+
+def frequencies(rotary: torch.nn.Module, layer_type: str | None) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies [R/2] of a rotary module and the factor of its cos and sin, as they were when it was made.
+
+    ``layer_type`` picks a set where layers differ (Gemma 3, OLMo 3); modules with one set ignore it.
+    """
+    prefix = "" if hasattr(rotary, FREQUENCIES) else f"{layer_type}_"
+    return getattr(rotary, f"{prefix}{FREQUENCIES}"), float(getattr(rotary, f"{prefix}attention_scaling"))
+
+
+def sliding_window(where: torch.nn.Module | PreTrainedConfig) -> int | None:
+    """The sliding window of an attention module or a config, in tokens."""
+    window = getattr(where, "sliding_window", None)
+    return None if window is None else int(window)
+
+
+def layer_type(config: PreTrainedConfig, layer: int) -> str | None:
+    """What kind of layer a config says it is, or None where all are alike."""
+    kinds: list[str] | None = getattr(config, "layer_types", None)
+    return kinds[layer] if kinds else None

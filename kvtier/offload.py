@@ -19,7 +19,7 @@ from kvtier.cache import Lane, TieredCache
 from kvtier.compat import attention_name, set_attention_name
 from kvtier.config import Config
 from kvtier.families import check_mode, examine
-from kvtier.forward import check_ids, run_blocks, wrap_forward
+from kvtier.forward import Feeding, check_ids, check_mask, run_blocks, wrap_forward
 from kvtier.generate import wrap_generate
 from kvtier.rope import identity_rotary
 from kvtier.runtime.errors import KvtierError, UnsupportedError
@@ -72,6 +72,7 @@ class Offload:
                 "this model, or one that shares its config object, is inside an offload block already"
             )
         self._runtime = build_runtime(self.config, self._anatomy, model.config)
+        self._order = self._anatomy.order()
         self._stack = ExitStack()
         self._open = self._entered = False
         self._dead: deque[CachedSequence] = deque()
@@ -101,8 +102,7 @@ class Offload:
             stack.callback(set_attention_name, self.model.config, attention_name(self.model.config))
             set_attention_name(self.model.config, attention.NAME)
             rotary = self._anatomy.rotary
-            rotary_dim = 2 * rotary.original_inv_freq.numel()  # type: ignore[operator]
-            self._replace(stack, rotary, "forward", identity_rotary(rotary_dim))
+            self._replace(stack, rotary, "forward", identity_rotary(self._anatomy.cos_width))
             if self._anatomy.family.stock_inputs:
                 inputs = MethodType(GenerationMixin.prepare_inputs_for_generation, self.model)
                 self._replace(stack, self.model, "prepare_inputs_for_generation", inputs)
@@ -128,72 +128,90 @@ class Offload:
         self._open = False
         self._last_stats = self._collect()
         for cache in self._caches:
-            self._runtime.engine.release(cache._lane.sequence)
+            self._release(cache._lane.sequences)
         self._stack.close()
 
     # -- caches --------------------------------------------------------------------------------------------------------
 
-    def new_cache(self) -> TieredCache:
-        """An empty cache, to be passed as ``past_key_values`` to ``model.generate`` or ``model(...)`` in this block."""
+    def new_cache(self, rows: int = 1) -> TieredCache:
+        """An empty cache, to be passed as ``past_key_values`` to ``model.generate`` or ``model(...)`` in this block.
+
+        ``rows`` : sequences of the batch
+        """
         self._check_open()
-        return self._wrap(self._runtime.engine.new_sequence(self.geometry.select))
+        if rows < 1:
+            raise ValueError(f"a cache has at least one row, not {rows}")
+        return self._wrap([self._runtime.engine.new_sequence(self.geometry.select) for _ in range(rows)])
 
     def prefill(
-        self, ids: torch.Tensor | Sequence[int], *, select: int | None = None, progress: bool | None = None
+        self,
+        ids: torch.Tensor | Sequence[int],
+        *,
+        attention_mask: torch.Tensor | None = None,
+        select: int | None = None,
+        progress: bool | None = None,
     ) -> TieredCache:
         """Read ``ids`` once and return the cache that holds exactly these tokens.
 
         Parameters
         ----------
-        ids : token ids [n] or [1, n], on any device, or a list of ints
+        ids : token ids [n] or [rows, n], on any device, or a list of ints
+        attention_mask : [rows, n], 0 at pads, which come before the tokens of a row; None: there are none
         select : chunks attended per KV head and step while reading and later; default ``[attention] select``
         progress : show a progress bar on stderr; None shows it on a terminal only
         """
-        cache = self.new_cache()
-        if select is not None:
-            cache = cache.fork(select=select)
         if not isinstance(ids, torch.Tensor):
             ids = torch.as_tensor(ids) if len(ids) else torch.empty(0, dtype=torch.int64)
         tokens = self.check_ids(ids[None] if ids.ndim == 1 else ids)
+        cache = self.new_cache(tokens.shape[0])
+        if select is not None:
+            cache = cache.fork(select=select)
+        mask = check_mask(attention_mask, cache, tokens)
         disable = None if progress is None else not progress
-        with tqdm(total=tokens.shape[1], unit="tok", desc="prefill", disable=disable) as bar:
-            self.feed(cache, tokens, logits_to_keep=1, on_block=lambda end: bar.update(end - bar.n))
+        with tqdm(total=int(mask.sum()), unit="tok", desc="prefill", disable=disable) as bar:
+            self.feed(cache, tokens, mask, logits_to_keep=1, on_block=lambda done: bar.update(done - bar.n))
         return cache
 
     def feed(
         self,
         cache: TieredCache,
         ids: torch.Tensor,
+        mask: torch.Tensor,
         *,
         logits_to_keep: int,
         on_block: Callable[[int], Any] | None = None,
+        hold_last: bool = False,
     ) -> Any:
-        """Append ``ids`` [1, n] to ``cache`` by DESIGN's schedule; the model's output with the last tokens' logits.
+        """Append ``ids`` [rows, n] to ``cache`` by DESIGN's schedule; the model's output with the last tokens' logits.
 
-        ``model(...)`` and ``model.generate(...)`` come through here; call it for the progress callback, which gets the
-        number of tokens done after each block.
+        ``model(...)`` and ``model.generate(...)`` come through here.
+
+        Parameters
+        ----------
+        mask : [rows, n] bool on the CPU, False at pads
+        on_block : called with the number of tokens done after each block
+        hold_last : leave the last token of each row out; then nothing is returned
         """
         self._check_open()
         check_mode(self.model)
         self._reap()
-        started, was_empty = time.perf_counter(), cache.get_seq_length() == 0
-        schedule = self.geometry.schedule(ids.shape[1])
+        started, was_empty = time.perf_counter(), cache._lane.columns == 0
         device = self._anatomy.shape.device
-        ignore = on_block or (lambda end: None)
         with recording_off():
-            output = run_blocks(self._forward, cache, ids, schedule, device, logits_to_keep, ignore)
-        self._clock.add(ids.shape[1], was_empty, started)
-        return output
+            feeding = Feeding(self._forward, cache, ids, mask, logits_to_keep, device)
+            run_blocks(feeding, self.geometry, on_block or (lambda done: None), hold_last=hold_last)
+        self._clock.add(feeding.n_tokens, len(feeding.rows), was_empty, started)
+        return None if hold_last else feeding.output()
 
     def check_ids(self, ids: Any) -> torch.Tensor:
-        """Token ids [1, n] that this model can read, or an error that says what was given."""
+        """Token ids [rows, n] that this model can read, or an error that says what was given."""
         return check_ids(ids, self.model.config.vocab_size)
 
-    def adopt(self, cache: Any) -> TieredCache:
-        """The cache that a call runs on: the given one if it belongs to this block, a new one for None."""
+    def adopt(self, cache: Any, rows: int) -> TieredCache:
+        """The cache that a call of ``rows`` rows runs on: the given one if it belongs here, a new one for None."""
         self._check_open()
         if cache is None:
-            return self.new_cache()
+            return self.new_cache(rows)
         if not isinstance(cache, TieredCache):
             raise UnsupportedError(
                 f"past_key_values is a {type(cache).__name__}; inside an offload block it must come from "
@@ -201,29 +219,44 @@ class Offload:
             )
         if cache._owner is not self:
             raise UnsupportedError("this cache belongs to another offload block: its chunks are not in this one")
+        if cache.n_rows != rows:
+            raise UnsupportedError(
+                f"input_ids has {rows} rows, the cache {cache.n_rows}: use kv.new_cache(rows={rows}), or "
+                f"fork(rows={rows}) of a cache of one row"
+            )
         return cache
 
-    def _fork(self, cache: TieredCache, select: int | None) -> TieredCache:
+    def _fork(self, cache: TieredCache, select: int | None, rows: list[int]) -> TieredCache:
+        """A cache whose rows are forks of these ``rows`` of ``cache``."""
         self._check_open()
         self._reap()
         most = self.geometry.select
         if select is not None and not 0 <= select <= most:
             raise ValueError(f"select must be 0 .. {most} ([attention] select), not {select}")
-        sequence = cache._lane.sequence
+        lane, forks = cache._lane, []
         with recording_off():
-            return self._wrap(self._runtime.engine.fork(sequence, sequence.select if select is None else select))
+            for row in rows:
+                sequence = lane.sequences[row]
+                forks.append(self._runtime.engine.fork(sequence, sequence.select if select is None else select))
+        fork = self._wrap(forks)
+        fork._lane.pads = [lane.pads[row] for row in rows]
+        return fork
 
-    def _wrap(self, sequence: CachedSequence) -> TieredCache:
+    def _wrap(self, sequences: list[CachedSequence]) -> TieredCache:
         self._reap()
-        cache = TieredCache(self, Lane(self._runtime.engine, sequence))
-        weakref.finalize(cache, self._dead.append, sequence)
+        cache = TieredCache(self, Lane(self._runtime.engine, sequences, self._order))
+        weakref.finalize(cache, self._dead.extend, sequences)
         self._caches.add(cache)
         return cache
 
     def _reap(self) -> None:
         """Free the chunks of caches that nobody holds any more. Here, not in a finalizer: that could run anywhere."""
         while self._dead:
-            self._runtime.engine.release(self._dead.popleft())
+            self._release([self._dead.popleft()])
+
+    def _release(self, sequences: list[CachedSequence]) -> None:
+        for sequence in sequences:
+            self._runtime.engine.release(sequence)
 
     def _check_open(self) -> None:
         if not self._open:

@@ -14,13 +14,18 @@ class Clock:
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_steps: int = 0
+    decode_tokens: int = 0
     decode_seconds: float = 0.0
 
-    def add(self, n_tokens: int, was_empty: bool, started: float) -> None:
-        """Count a call of ``n_tokens`` that began at ``started`` (perf_counter); one token on a cache is a step."""
+    def add(self, n_tokens: int, n_rows: int, was_empty: bool, started: float) -> None:
+        """Count a call of ``n_tokens`` in ``n_rows`` that began at ``started`` (perf_counter).
+
+        One token a row on a cache is a step.
+        """
         seconds = time.perf_counter() - started
-        if n_tokens == 1 and not was_empty:
+        if n_tokens == n_rows and not was_empty:
             self.decode_steps += 1
+            self.decode_tokens += n_tokens
             self.decode_seconds += seconds
         else:
             self.prefill_tokens += n_tokens
@@ -38,7 +43,7 @@ class Clock:
             "decode": {
                 "steps": self.decode_steps,
                 "ms_per_step": 1e3 * self.decode_seconds / self.decode_steps if self.decode_steps else None,
-                "tokens_per_s": self.decode_steps / self.decode_seconds if self.decode_seconds else None,
+                "tokens_per_s": self.decode_tokens / self.decode_seconds if self.decode_seconds else None,
             },
         }
 

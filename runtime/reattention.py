@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kvtier.kernels.attend import attend
+from kvtier.kernels.attend import Logits, attend
 from kvtier.kernels.vote import elect_seeds, pick_tokens, spread
 from kvtier.runtime.budget import Budget
-from kvtier.runtime.engine import Engine, ModelShape, Rotary
+from kvtier.runtime.engine import Engine
 from kvtier.runtime.geometry import Geometry
+from kvtier.runtime.model import ModelShape, Rotary
 from kvtier.runtime.sequence import Sequence
 
 GROWTH_TOKENS = 1024
@@ -32,7 +33,7 @@ class DenseSequence(Sequence):
 class ReAttentionEngine(Engine[DenseSequence]):
     """ReAttention by the letter."""
 
-    def __init__(self, shape: ModelShape, geometry: Geometry, rotary: Rotary, picks: int, gpu: Budget) -> None:
+    def __init__(self, shape: ModelShape, geometry: Geometry, rotary: list[Rotary], picks: int, gpu: Budget) -> None:
         super().__init__(shape, geometry, rotary)
         self._picks = picks
         self._gpu = gpu
@@ -61,21 +62,26 @@ class ReAttentionEngine(Engine[DenseSequence]):
             self._gpu.give(sum(kv.nbytes for kv in sequence.kv))
             sequence.kv = []
 
-    def activate(self, sequence: DenseSequence) -> None:
+    def activate(self, sequences: list[DenseSequence]) -> None:
         """Nothing to do: every sequence is on the device."""
 
     def attend(
-        self, sequence: DenseSequence, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+        self, sequence: DenseSequence, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, logits: Logits
     ) -> torch.Tensor:
         start, end = sequence.length, sequence.length + q.shape[1]
         kv = self._grow(sequence, layer, end)
         kv[0, :, start:end], kv[1, :, start:end] = k, v
+        rotary = self.rotary[layer]
+        if layer in self.shape.sliding_layers:
+            begin = self.shape.sliding_begin(start)
+            cos, sin = rotary.cos[: end - begin], rotary.sin[: end - begin]
+            keys, values = kv[0, :, begin:end], kv[1, :, begin:end]
+            return attend(q, keys, values, cos, sin, logits, self.shape.sliding_window)
         view = self._view(layer, q, kv[0, :, :end], end, sequence.select)
         self.last_view[layer] = view
         n = view.numel()
         self.longest_attended = max(self.longest_attended, n)
-        rotary = self.rotary[layer]
-        return attend(q, kv[0, :, view], kv[1, :, view], rotary.cos[:n], rotary.sin[:n], scaling)
+        return attend(q, kv[0, :, view], kv[1, :, view], rotary.cos[:n], rotary.sin[:n], logits)
 
     def _view(self, layer: int, q: torch.Tensor, keys: torch.Tensor, end: int, select: int) -> torch.Tensor:
         """Positions [n] that the block attends to, one set for all heads and queries."""

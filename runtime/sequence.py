@@ -10,7 +10,7 @@ from kvtier.runtime.budget import Budget
 from kvtier.runtime.slabs import SlabList
 from kvtier.runtime.summary import Layout, State
 from kvtier.runtime.tier import Ids
-from kvtier.runtime.window import ParkedWindow
+from kvtier.runtime.window import ParkedWindows
 
 
 class TokenLog:
@@ -125,8 +125,8 @@ class TieredSequence(Sequence):
     """
 
     layers: list[LayerChunks] = field(default_factory=list)
-    parked: ParkedWindow | None = None
-    """The window at ``parked.end`` tokens, on the host."""
+    parked: ParkedWindows | None = None
+    """The windows at ``parked.end`` tokens, on the host."""
 
     @classmethod
     def empty(

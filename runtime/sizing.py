@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 from kvtier.runtime.budget import format_bytes
-from kvtier.runtime.engine import ModelShape
 from kvtier.runtime.errors import BudgetError
 from kvtier.runtime.geometry import ALL_QUERIES_CHOOSE, Geometry
+from kvtier.runtime.model import ModelShape
 from kvtier.runtime.slabs import SLAB_CHUNKS, slab_bytes
 from kvtier.runtime.summary import Summary
-from kvtier.runtime.window import WindowRing
+from kvtier.runtime.window import Windows
 
 POOL_STEPS = 3
 """The device pool aims at this many times the chunks that one step attends to (shared notes, summaries.md)."""
@@ -37,11 +37,17 @@ def chunk_bytes(shape: ModelShape, geometry: Geometry) -> int:
     return 2 * geometry.chunk * shape.head_dim * shape.dtype.itemsize
 
 
+def longest_attended(shape: ModelShape, geometry: Geometry) -> int:
+    """Most tokens that a step attends to in any layer."""
+    return max(geometry.bound, shape.sliding_capacity(geometry.block))
+
+
 def scratch_bytes(shape: ModelShape, geometry: Geometry) -> int:
     """Buffers of one layer's step: the attended K and V, their rotated copies, the mask, fetched chunks, scores."""
-    attended = shape.n_kv_heads * geometry.bound * shape.head_dim
+    longest = longest_attended(shape, geometry)
+    attended = shape.n_kv_heads * longest * shape.head_dim
     copies = 2 * attended * shape.dtype.itemsize + attended * (2 * 4 + shape.dtype.itemsize)
-    mask = geometry.block * geometry.bound
+    mask = geometry.block * longest
     staged = shape.n_kv_heads * geometry.select * chunk_bytes(shape, geometry)
     queries = max(geometry.queries, min(ALL_QUERIES_CHOOSE, geometry.block))
     scores = 4 * shape.n_heads * queries * SLAB_CHUNKS * geometry.chunk
@@ -49,7 +55,7 @@ def scratch_bytes(shape: ModelShape, geometry: Geometry) -> int:
 
 
 def device_sizes(
-    shape: ModelShape, geometry: Geometry, summary: Summary, rotary_dim: int, gpu_bytes: int
+    shape: ModelShape, geometry: Geometry, summary: Summary, rotary_bytes: int, gpu_bytes: int
 ) -> DeviceSizes:
     """Divide ``gpu_bytes``; raises BudgetError with the minimum when it is too small to run at all.
 
@@ -57,13 +63,13 @@ def device_sizes(
     the other half to grow with the context.
     """
     one = chunk_bytes(shape, geometry)
-    layer_chunks = max(1, geometry.select) * shape.n_kv_heads
+    n_full = len(shape.full_layers)
+    layer_chunks = max(1, geometry.select) * shape.n_kv_heads if n_full else 0
     sizes = DeviceSizes(
-        ring=WindowRing.bytes_needed(geometry, shape.n_layers, shape.n_kv_heads, shape.head_dim, shape.dtype.itemsize),
+        ring=Windows.bytes_needed(shape, geometry),
         scratch=scratch_bytes(shape, geometry),
-        rotary=2 * geometry.max * rotary_dim * 4,
-        summaries=shape.n_layers
-        * (slab_bytes(summary.layout(), shape.n_kv_heads) + shape.n_kv_heads * summary.state_bytes()),
+        rotary=rotary_bytes,
+        summaries=n_full * (slab_bytes(summary.layout(), shape.n_kv_heads) + shape.n_kv_heads * summary.state_bytes()),
         pool_slots=layer_chunks,
         chunk_bytes=one,
     )
@@ -77,15 +83,14 @@ def device_sizes(
             "[attention] local, select or [prefill] block"
         )
     spare = (gpu_bytes - sizes.fixed - sizes.summaries) // 2 // one
-    wanted = POOL_STEPS * layer_chunks * shape.n_layers
+    wanted = POOL_STEPS * layer_chunks * n_full
     slots = max(layer_chunks, min(wanted, spare))
     return DeviceSizes(sizes.ring, sizes.scratch, sizes.rotary, sizes.summaries, slots, one)
 
 
 def windows_set_aside(shape: ModelShape, geometry: Geometry) -> int:
     """Host bytes kept free for parked windows: two, so that a cache that met a full budget can make way for a fork."""
-    kv = (shape.n_kv_heads, shape.head_dim, shape.dtype.itemsize)
-    return 2 * WindowRing.bytes_needed(geometry, shape.n_layers, *kv)
+    return 2 * Windows.bytes_needed(shape, geometry)
 
 
 def check_host_budget(shape: ModelShape, geometry: Geometry, host_bytes: int) -> None:

@@ -7,34 +7,39 @@
 3. the chosen chunks are fetched into the device pool (``residency``);
 4. the block's own K and V go into the ring (``window``);
 5. [sinks | chosen chunks | window] is assembled and attended with positions 0..n-1 (``kernels.attend``).
+
+A layer with a sliding window has steps 4 and 5 alone, with that window.
 """
 
 import numpy as np
 import torch
 
-from kvtier.kernels.attend import attend
+from kvtier.kernels.attend import Logits, attend
 from kvtier.kernels.gather import gather_chunks
 from kvtier.kernels.select import chunk_weights, top_chunks
 from kvtier.runtime.budget import Budget
-from kvtier.runtime.engine import Engine, ModelShape, Rotary
+from kvtier.runtime.engine import Engine
 from kvtier.runtime.geometry import Geometry
+from kvtier.runtime.model import ModelShape, Rotary
 from kvtier.runtime.residency import Residency
+from kvtier.runtime.seats import Seats
 from kvtier.runtime.sequence import Fitted, LayerChunks, TieredSequence
+from kvtier.runtime.sizing import longest_attended
 from kvtier.runtime.summary import Summary
-from kvtier.runtime.window import WindowRing
+from kvtier.runtime.window import WindowRing, Windows
 
 SCORE_BYTES = 64 << 20
 """Scores [N, queries, chunks] are weighed in pieces of at most this size."""
 
 
 class TieredEngine(Engine[TieredSequence]):
-    """Ring, tiers and scratch of one offload block; runs one sequence at a time."""
+    """Seats, tiers and scratch of one offload block."""
 
     def __init__(
         self,
         shape: ModelShape,
         geometry: Geometry,
-        rotary: Rotary,
+        rotary: list[Rotary],
         summary: Summary,
         residency: Residency,
         gpu: Budget,
@@ -43,13 +48,10 @@ class TieredEngine(Engine[TieredSequence]):
         super().__init__(shape, geometry, rotary)
         self.residency = residency
         self._gpu = gpu
-        self._host = host
         self._summary = summary
-        kv = (shape.n_kv_heads, shape.head_dim)
-        self._ring = WindowRing(geometry, shape.n_layers, *kv, shape.dtype, shape.device)
-        attended = (2, shape.n_kv_heads, geometry.bound, shape.head_dim)
+        self._seats = Seats(shape, geometry, residency, gpu, host)
+        attended = (2, shape.n_kv_heads, longest_attended(shape, geometry), shape.head_dim)
         self._attended = torch.empty(attended, dtype=shape.dtype, device=shape.device)
-        self._running: TieredSequence | None = None
         self.last_chosen: list[torch.Tensor | None] = [None] * shape.n_layers
         """Per layer, the chunks [N, n] that the last block attended to (None before any could be selected)."""
 
@@ -63,7 +65,7 @@ class TieredEngine(Engine[TieredSequence]):
 
     def fork(self, sequence: TieredSequence, select: int) -> TieredSequence:
         """A sequence that shares the past of another; its window is parked on the host and shared until either runs."""
-        self._park(sequence)
+        self._seats.park(sequence)
         for layer in sequence.layers:
             self.residency.share(layer.ids.ravel())
         return sequence.fork(select)
@@ -73,53 +75,58 @@ class TieredEngine(Engine[TieredSequence]):
         if sequence.closed:
             return
         sequence.closed = True
-        if self._running is sequence:
-            self._running = None
+        self._seats.release(sequence)
         for layer in sequence.layers:
             self.residency.release(layer.ids.ravel())
         sequence.layers = []
         sequence.parked = None
 
-    def activate(self, sequence: TieredSequence) -> None:
-        """Put the window of ``sequence`` into the ring; the sequence that was there is parked. Raises BudgetError."""
-        if self._running is sequence:
-            return
-        if self._running is not None:
-            self._park(self._running)
-        self._running = sequence
-        if sequence.parked is not None:
-            self._ring.load(sequence.parked)
-
-    def _park(self, sequence: TieredSequence) -> None:
-        """Give ``sequence`` an up-to-date parked window, if it runs and has one to keep."""
-        parked = sequence.parked
-        if self._running is not sequence or not sequence.length or (parked and parked.end == sequence.length):
-            return
-        sequence.parked = None
-        retired = min(layer.retired for layer in sequence.layers)  # they differ after a block that failed half-way
-        begin = min(self.geometry.sink + retired * self.geometry.chunk, sequence.length)
-        self.residency.free_host_bytes(self._ring.parked_bytes(begin, sequence.length))
-        sequence.parked = self._ring.park(begin, sequence.length, self._host)
+    def activate(self, sequences: list[TieredSequence]) -> None:
+        """Seat ``sequences``; others are parked on the host where seats are short. Raises BudgetError."""
+        self._seats.activate(sequences)
 
     # -- one block -----------------------------------------------------------------------------------------------------
 
     def attend(
-        self, sequence: TieredSequence, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+        self, sequence: TieredSequence, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, logits: Logits
     ) -> torch.Tensor:
         """Steps 1 to 5 above, for a block of ``b`` new tokens in one layer."""
-        assert self._running is sequence
-        start = sequence.length
+        windows = self._seats.windows_of(sequence)
+        start, end = sequence.length, sequence.length + q.shape[1]
+        if layer in self.shape.sliding_layers:
+            return self._slide(windows, layer, start, q, k, v, logits)
+        ring, place = windows.full, windows.place[layer]
         chunks = sequence.layers[layer]
-        self._retire(chunks, layer, start)
-        chosen = self._choose(chunks, layer, q, start, sequence.select, scaling)
+        self._retire(chunks, ring, place, start)
+        chosen = self._choose(chunks, layer, q, start, sequence.select, logits.scaling)
         self.last_chosen[layer] = chosen
-        self._ring.write(layer, start, k, v)
-        n = self._assemble(chunks, layer, chosen, start, start + q.shape[1])
+        ring.write(place, start, k, v)
+        n = self._assemble(chunks, ring, place, chosen, start, end)
         keys, values = self._attended[0, :, :n], self._attended[1, :, :n]
         rotary = self.rotary[layer]
-        return attend(q, keys, values, rotary.cos[:n], rotary.sin[:n], scaling)
+        return attend(q, keys, values, rotary.cos[:n], rotary.sin[:n], logits)
 
-    def _retire(self, chunks: LayerChunks, layer: int, start: int) -> None:
+    def _slide(
+        self,
+        windows: Windows,
+        layer: int,
+        start: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        logits: Logits,
+    ) -> torch.Tensor:
+        """A layer with a sliding window. Rotation is relative, so positions may count from the window's first token."""
+        ring, place = windows.sliding, windows.place[layer]
+        begin, end = self.shape.sliding_begin(start), start + q.shape[1]
+        n = end - begin
+        keys, values = self._attended[0, :, :n], self._attended[1, :, :n]
+        ring.write(place, start, k, v)
+        ring.read(place, begin, end, keys, values)
+        rotary = self.rotary[layer]
+        return attend(q, keys, values, rotary.cos[:n], rotary.sin[:n], logits, self.shape.sliding_window)
+
+    def _retire(self, chunks: LayerChunks, ring: WindowRing, place: int, start: int) -> None:
         """Summarise and store the chunks that the block at ``start`` can select and the last one could not."""
         first, last = chunks.retired, self.geometry.selectable(start)
         if last <= first:
@@ -127,8 +134,8 @@ class TieredEngine(Engine[TieredSequence]):
         g, n_kv = self.geometry, self.shape.n_kv_heads
         begin, end = g.sink + first * g.chunk, g.sink + last * g.chunk
         if chunks.fitted is None:
-            chunks.fitted = Fitted(self._summary.fit(self._ring.tokens(layer, g.sink, start)[0]), self._gpu)
-        kv = self._ring.tokens(layer, begin, end).unflatten(2, (last - first, g.chunk))  # [2, N, m, C, D]
+            chunks.fitted = Fitted(self._summary.fit(ring.tokens(place, g.sink, start)[0]), self._gpu)
+        kv = ring.tokens(place, begin, end).unflatten(2, (last - first, g.chunk))  # [2, N, m, C, D]
         chunks.codes.reserve(last - first)
         records = kv.permute(1, 2, 0, 3, 4).reshape(-1, 2, g.chunk, self.shape.head_dim)  # [N*m, 2, C, D]
         ids = self.residency.admit(records)
@@ -158,12 +165,14 @@ class TieredEngine(Engine[TieredSequence]):
             weights += chunk_weights(torch.cat(slabs, dim=-1)) * (part.shape[1] / rows.shape[1])
         return weights
 
-    def _assemble(self, chunks: LayerChunks, layer: int, chosen: torch.Tensor | None, start: int, end: int) -> int:
+    def _assemble(
+        self, chunks: LayerChunks, ring: WindowRing, place: int, chosen: torch.Tensor | None, start: int, end: int
+    ) -> int:
         """Write [sinks | chosen chunks | window up to ``end``] into the scratch; returns the attended length."""
         g = self.geometry
         keys, values = self._attended[0], self._attended[1]
         n = min(g.sink, end)
-        self._ring.read(layer, 0, n, keys[:, :n], values[:, :n])
+        ring.read(place, 0, n, keys[:, :n], values[:, :n])
         if chosen is not None:
             picked = np.take_along_axis(chunks.ids, chosen.cpu().numpy(), axis=1)
             slots = self.residency.fetch(picked.ravel()).reshape(picked.shape)
@@ -174,7 +183,7 @@ class TieredEngine(Engine[TieredSequence]):
             n += length
         begin = max(g.sink, g.window_start(start))
         if end > begin:
-            self._ring.read(layer, begin, end, keys[:, n : n + end - begin], values[:, n : n + end - begin])
+            ring.read(place, begin, end, keys[:, n : n + end - begin], values[:, n : n + end - begin])
             n += end - begin
         assert n <= g.bound
         self.longest_attended = max(self.longest_attended, n)
@@ -182,7 +191,6 @@ class TieredEngine(Engine[TieredSequence]):
 
     def close(self) -> None:
         """Give everything back; the engine cannot be used any more."""
-        self._running = None
         self.rotary = []
-        del self._ring, self._attended
+        del self._seats, self._attended
         self.residency.close()

@@ -15,13 +15,15 @@ import torch
 from oracle import ChunkOracle, StepResult, assert_same_choice
 from oracle_reattention import ReAttentionOracle, ReAttentionResult
 
+from kvtier.kernels.attend import Logits
 from kvtier.kernels.quantize import unpack
 from kvtier.runtime import host_pool, slabs
 from kvtier.runtime.budget import Budget
 from kvtier.runtime.device_pool import DevicePool
-from kvtier.runtime.engine import Engine, ModelShape, Rotary
+from kvtier.runtime.engine import Engine
 from kvtier.runtime.geometry import Geometry
 from kvtier.runtime.host_pool import HostPool
+from kvtier.runtime.model import ModelShape, Rotary
 from kvtier.runtime.reattention import ReAttentionEngine
 from kvtier.runtime.residency import Residency
 from kvtier.runtime.sequence import Sequence, TieredSequence
@@ -95,6 +97,10 @@ class Case:
         """The largest parked window."""
         places = self.geometry.sink + self.geometry.window_capacity
         return 2 * self.n_layers * self.n_kv_heads * places * self.head_dim * 4
+
+    def rotaries(self) -> list[Rotary]:
+        """The tables of each layer."""
+        return [self.rotary()] * self.n_layers
 
     def rotary(self) -> Rotary:
         """Tables as kvtier/rope.py makes them."""
@@ -194,11 +200,11 @@ class Rig:
 
     def attend(self, sequence: Sequence, layer: int, block: Tokens) -> torch.Tensor:
         q, k, v = block.q[layer], block.k[layer], block.v[layer]
-        return self.engine.attend(sequence, layer, q, k, v, self.case.scaling)
+        return self.engine.attend(sequence, layer, q, k, v, Logits(self.case.scaling))
 
     def block(self, sequence: Sequence, block: Tokens) -> torch.Tensor:
         """One forward: out [L, H, b, D]."""
-        self.engine.activate(sequence)
+        self.engine.activate([sequence])
         out = [self.attend(sequence, layer, block) for layer in range(self.case.n_layers)]
         self.engine.commit(sequence, block.ids)
         return torch.stack(out)
@@ -235,7 +241,7 @@ def tiered(
     ):
         store = disk and StoreTier(Path(folder), disk, *record)
         residency = Residency(DevicePool(gpu, slots, *record, CPU), HostPool(host, *record, pin=False), store)
-        engine = TieredEngine(shape, g, case.rotary(), summary, residency, gpu, host)
+        engine = TieredEngine(shape, g, case.rotaries(), summary, residency, gpu, host)
         try:
             yield Rig(case, engine, gpu, host, disk)
         finally:
@@ -254,7 +260,7 @@ def tight(case: Case, *, windows: int = 1, **more: Any) -> Any:
 def reattention(case: Case, gpu_bytes: int = PLENTY) -> Rig:
     """Method "reattention"."""
     gpu = Budget("gpu", gpu_bytes)
-    engine = ReAttentionEngine(case.shape, case.geometry, case.rotary(), case.picks, gpu)
+    engine = ReAttentionEngine(case.shape, case.geometry, case.rotaries(), case.picks, gpu)
     return Rig(case, engine, gpu, Budget("host", 0))
 
 

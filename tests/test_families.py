@@ -17,9 +17,9 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForS
 
 import kvtier
 from kvtier import attention, families
-from kvtier.kernels.attend import attend, rotate
+from kvtier.kernels.attend import Logits, attend, rotate
 from kvtier.rope import rotary_tables, trained_window
-from kvtier.runtime.engine import ModelShape, Rotary
+from kvtier.runtime.model import Rotary
 
 TOLERANCE = 1e-4
 WINDOW = 256
@@ -43,7 +43,23 @@ COMMON = {
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": WINDOW}
 STRETCHED = {"max_position_embeddings": 4 * WINDOW}
-
+HYBRID = {
+    "num_hidden_layers": 4,
+    "sliding_window": 24,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+}
+TWO_ROPES = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+    }
+}
+TWO_ROPES_STRETCHED = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+}
 
 TINY_NEXT = {
     "num_experts": 4,
@@ -97,13 +113,46 @@ FAMILIES = {
     "stablelm-norm": ("StableLmConfig", {"qk_layernorm": True, "use_parallel_residual": True}),
     "phi": ("PhiConfig", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
     "phi-norm": ("PhiConfig", {"qk_layernorm": True}),
+    "qwen2-hybrid": ("Qwen2Config", {**HYBRID, "use_sliding_window": True}),
+    "qwen3-hybrid": ("Qwen3Config", {**HYBRID, "use_sliding_window": True, "head_dim": 16}),
+    "smollm3-hybrid": ("SmolLM3Config", {**HYBRID, "use_sliding_window": True, "no_rope_layer_interval": 2}),
+    "gemma2": ("Gemma2Config", {**HYBRID, "head_dim": 16, "attn_implementation": "eager"}),
+    "gemma3": ("Gemma3TextConfig", {**HYBRID, "head_dim": 16, "query_pre_attn_scalar": 20, **TWO_ROPES}),
+    "gemma3-linear": (
+        "Gemma3TextConfig",
+        {**HYBRID, "head_dim": 8, **STRETCHED, **TWO_ROPES_STRETCHED},
+    ),
+    "olmo3": ("Olmo3Config", {**HYBRID, **TWO_ROPES}),
+    "gpt-oss": (
+        "GptOssConfig",
+        {
+            **HYBRID,
+            **STRETCHED,
+            "rope_parameters": YARN,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "attn_implementation": "eager",
+        },
+    ),
+    "glm": ("GlmConfig", {"head_dim": 16, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "glm4": ("Glm4Config", {"head_dim": 8, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "cohere": ("CohereConfig", {"use_qk_norm": True}),
+    "cohere2": ("Cohere2Config", HYBRID),
+    "ernie4_5": ("Ernie4_5Config", {"head_dim": 8}),
+    "ernie4_5-moe": (
+        "Ernie4_5_MoeConfig",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1},
+    ),
+    "helium": ("HeliumConfig", {"head_dim": 8}),
 }
+HYBRIDS = [name for name, (_, own) in FAMILIES.items() if "layer_types" in own]
 
 
 def tiny(kind, seed=0, **settings_of_family):
     """A random model of a family in eval mode with a config of its own."""
     merged = COMMON | settings_of_family
-    if "rope_parameters" in merged:
+    if "full_attention" not in merged.get("rope_parameters", ["full_attention"]):
         merged["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, **merged["rope_parameters"]}
     config = getattr(transformers, kind)(**merged)
     torch.manual_seed(seed)
@@ -179,7 +228,7 @@ def test_twenty_times_the_trained_window(family):
     assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize("family", ["mistral", "phi4-mini", "smollm3-yarn", "phi"])
+@pytest.mark.parametrize("family", ["mistral", "phi4-mini", "smollm3-yarn", "phi", "gemma3", "gpt-oss", "cohere2"])
 def test_reattention_equals_sdpa(family):
     model, (expected_tokens, expected) = model_of(family), stock(family)
     config = settings(window=WINDOW, local=200, select=1, attention={"method": "reattention"})
@@ -189,7 +238,9 @@ def test_reattention_equals_sdpa(family):
     assert (logits - expected[:60]).abs().max().item() < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["qwen2", "mixtral", "olmo2", "smollm3-yarn", "phi4-mini"])
+@pytest.mark.parametrize(
+    "family", ["qwen2", "mixtral", "olmo2", "smollm3-yarn", "phi4-mini", "gemma2", "gpt-oss", "glm4"]
+)
 def test_half_precision(family):
     """The identity rotary promotes nothing: keys reach the cache in bfloat16, outputs are near stock's."""
     kind, own = FAMILIES[family]
@@ -211,11 +262,103 @@ def test_every_supported_class_is_tested():
     assert {name.rsplit(".", 1)[1] for name in families.FAMILIES} == listed | {"LlamaAttention"}
 
 
-def test_a_mistral_trained_on_a_longer_text_than_its_sliding_window_is_refused():
-    model = tiny("MistralConfig", sliding_window=WINDOW - 1)
-    reason = r"model.layers.0.self_attn \(MistralAttention\) has a sliding window \(255 tokens\).*trained on 256 tokens"
-    with pytest.raises(kvtier.UnsupportedError, match=reason):
+# -- layers with a sliding window --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_sliding_layers_are_not_tiered(family):
+    model = model_of(family)
+    with kvtier.offload(model, chosen_all()) as kv:
+        cache = kv.prefill(prompt(PROMPT))
+        layers = cache._lane.sequences[0].layers
+        assert [layer.retired > 0 for layer in layers] == [
+            kind == "full_attention" for kind in model.config.layer_types
+        ]
+
+
+SLIDING_ONLY = {
+    "mistral": ("MistralConfig", {"sliding_window": 24}),
+    "mistral-long": ("MistralConfig", {"sliding_window": WINDOW - 1}),
+    "mixtral": ("MixtralConfig", {"sliding_window": 24, "num_local_experts": 4}),
+    "phi3": ("Phi3Config", {"original_max_position_embeddings": WINDOW, "sliding_window": 24}),
+    "starcoder2": ("Starcoder2Config", {"sliding_window": 24}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:every layer has a sliding window")
+@pytest.mark.parametrize("method", ["chunks", "reattention"])
+@pytest.mark.parametrize("family", SLIDING_ONLY)
+def test_models_of_sliding_layers_alone_equal_sdpa_beyond_their_trained_window(family, method):
+    """Stock positions go on counting; a sliding layer only ever sees differences of them."""
+    kind, own = SLIDING_ONLY[family]
+    model, ids = tiny(kind, **own), prompt(2 * WINDOW)
+    expected_tokens, expected = greedy(model, ids, 40)
+    config = settings(window=WINDOW, local=180, select=1, attention={"method": method})
+    with kvtier.offload(model, config) as kv:
+        tokens, logits = greedy(model, ids, 40)
+        assert kv.stats()["tiers"]["host"]["chunks"] == 0
+    assert tokens.tolist() == expected_tokens.tolist()
+    assert (logits - expected).abs().max().item() < TOLERANCE
+
+
+def test_a_model_of_sliding_layers_alone_warns_that_nothing_is_tiered():
+    model = tiny("MistralConfig", sliding_window=24)
+    with pytest.warns(UserWarning, match="every layer has a sliding window of 24 tokens: what is older is forgotten"):
         kvtier.offload(model, chosen_all())
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt-oss"])
+def test_forks_rewinds_and_several_turns_of_hybrids(family):
+    """What the sliding layers hold is parked, shared, loaded and forgotten as the rest is."""
+    model, (expected_tokens, expected) = model_of(family), stock(family)
+    with kvtier.offload(model, chosen_all()) as kv:
+        book = kv.prefill(prompt(PROMPT))
+        again = book.fork().fork()
+        for fork in (book.fork(), book.fork(), book):
+            tokens, logits = greedy(model, prompt(PROMPT), past_key_values=fork)  # all cached: rewinds
+            assert tokens.tolist() == expected_tokens.tolist()
+            assert (logits - expected).abs().max().item() < TOLERANCE
+        ids = torch.cat((expected_tokens[:, : PROMPT + 40], prompt(30, seed=3)), dim=1)
+        tokens, logits = greedy(model, ids, 20, past_key_values=again)
+    assert (logits - greedy(model, ids, 20)[1]).abs().max().item() < TOLERANCE
+
+
+def test_a_layer_that_passes_another_sliding_window_is_refused(monkeypatch):
+    model = model_of("qwen2-hybrid")
+    with kvtier.offload(model, chosen_all()), pytest.raises(kvtier.UnsupportedError, match="sliding_window=23"):
+        call_with(monkeypatch, model, sliding_window=23)
+
+
+def test_a_sliding_layer_that_passes_no_sliding_window_is_refused(monkeypatch):
+    model = model_of("qwen2-hybrid")
+    with kvtier.offload(model, chosen_all()), pytest.raises(kvtier.UnsupportedError, match="sliding_window=None"):
+        call_with(monkeypatch, model, sliding_window=None)
+
+
+def test_sliding_windows_of_different_lengths_are_refused():
+    model = tiny("Qwen2Config", **HYBRID, use_sliding_window=True)
+    model.model.layers[2].self_attn.sliding_window = 20
+    with pytest.raises(kvtier.UnsupportedError, match=r"sliding windows of different lengths \(\[20, 24\]\)"):
+        kvtier.offload(model, chosen_all())
+
+
+@pytest.mark.parametrize("block", [1, 5])
+@pytest.mark.parametrize("window", [1, 3, 12])
+@pytest.mark.parametrize(("softcap", "sink"), [(None, False), (2.0, False), (None, True)])
+def test_windows_softcap_and_sinks_against_a_direct_computation(softcap, sink, window, block):
+    generator = torch.Generator().manual_seed(window + block)
+    q, k, v = (torch.randn(heads, n, 8, generator=generator) for heads, n in ((4, block), (2, 12), (2, 12)))
+    sinks = torch.randn(4, generator=generator) if sink else None
+    tables = tables_for(0, 1.0)
+    actual = attend(q, k, v, tables.cos, tables.sin, Logits(0.4, softcap, sinks), window)
+    for head, i in np.ndindex(4, block):
+        position = 12 - block + i
+        part = slice(max(0, position - window + 1), position + 1)
+        x = 0.4 * k[head // 2, part].double() @ q[head, i].double()
+        x = softcap * torch.tanh(x / softcap) if softcap else x
+        weights = x.exp() / (x.exp().sum() + (sinks[head].double().exp() if sink else 0))
+        expected = weights @ v[head // 2, part].double()
+        torch.testing.assert_close(actual[head, i].double(), expected, atol=1e-5, rtol=0)
 
 
 # -- positions ---------------------------------------------------------------------------------------------------------
@@ -225,7 +368,7 @@ def test_layers_without_positions_are_not_rotated(monkeypatch):
     """SmolLM3: rotating all layers, or none, gives other logits."""
     model, expected = model_of("smollm3"), stock("smollm3")
     (name,) = [n for n, f in families.FAMILIES.items() if f.name == "SmolLM3"]
-    assert families.examine(model).shape.unrotated == {1, 3}
+    assert [layer.rotates for layer in families.examine(model).layers] == [True, False, True, False]
     assert distance(model, expected) < TOLERANCE
     for rotates in (True, False):
         wrong = dataclasses.replace(families.FAMILIES[name], has_positions=lambda m, rotates=rotates: rotates)
@@ -256,7 +399,7 @@ def complex_attention(q, keys, values, inv_freq, attention_scaling, scaling):
 def tables_for(rotary_dim, attention_scaling, n=12):
     """Tables that turn ``rotary_dim`` of 8 dimensions; 0: those of a layer without positions."""
     module = SimpleNamespace(original_inv_freq=FREQUENCIES[: rotary_dim // 2 or 4], attention_scaling=attention_scaling)
-    tables = rotary_tables(module, n, torch.device("cpu"))
+    tables = rotary_tables(module, None, n, torch.device("cpu"))
     return tables if rotary_dim else tables.nowhere()
 
 
@@ -269,7 +412,7 @@ def test_partial_rotary_against_complex_numbers(rotary_dim, block):
     assert tables.cos.shape == tables.sin.shape == (12, rotary_dim)
     frequencies = FREQUENCIES[: rotary_dim // 2].double().numpy()
     expected = complex_attention(*(x.double().numpy() for x in (q, k, v)), frequencies, 1.25, 0.4)
-    actual = attend(q, k, v, tables.cos, tables.sin, 0.4).numpy()
+    actual = attend(q, k, v, tables.cos, tables.sin, Logits(0.4)).numpy()
     np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=0)
 
 
@@ -286,9 +429,8 @@ def test_the_score_is_that_of_one_position(rotary_dim):
 class PartialCase(Case):
     """Two layers with 2 of 4 dimensions rotated, and a third without positions; one head, chunks of one token."""
 
-    @property
-    def shape(self) -> ModelShape:
-        return dataclasses.replace(super().shape, unrotated=frozenset({2}))
+    def rotaries(self) -> list[Rotary]:
+        return [self.rotary(), self.rotary(), self.rotary().nowhere()]
 
     def rotary(self) -> Rotary:
         full = super().rotary()
@@ -323,7 +465,7 @@ def test_longrope_is_frozen_at_the_trained_window():
     frequencies = 1 / (short * 1e4 ** (torch.arange(0, 8, 2) / 8))
     angles = torch.arange(WINDOW)[:, None] * frequencies.repeat(2)
     scaling = math.sqrt(1 + math.log(4) / math.log(WINDOW))
-    tables = rotary_tables(rotary, WINDOW, torch.device("cpu"))
+    tables = rotary_tables(rotary, None, WINDOW, torch.device("cpu"))
     torch.testing.assert_close(tables.cos, angles.cos() * scaling, atol=1e-5, rtol=0)
     torch.testing.assert_close(tables.sin, angles.sin() * scaling, atol=1e-5, rtol=0)
     assert tables.attention_scaling == pytest.approx(scaling)
@@ -364,29 +506,7 @@ def test_trained_windows_of_published_configs():
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
-SLIDING_LAYER = {
-    "use_sliding_window": True,
-    "sliding_window": 32,
-    "layer_types": ["full_attention", "sliding_attention"],
-}
 REFUSED = {
-    "mistral": (
-        "MistralConfig",
-        {"sliding_window": 32},
-        r"layers.0.self_attn \(MistralAttention\).*window \(32 tokens",
-    ),
-    "mixtral": ("MixtralConfig", {"sliding_window": 32, "num_local_experts": 4}, r"MixtralAttention\).*sliding window"),
-    "phi3": ("Phi3Config", {"sliding_window": 32}, r"layers.0.self_attn \(Phi3Attention\) has a sliding window"),
-    "starcoder2": ("Starcoder2Config", {"sliding_window": 32}, r"Starcoder2Attention\) has a sliding window"),
-    "qwen2": ("Qwen2Config", SLIDING_LAYER, r"layers.1.self_attn \(Qwen2Attention\) has a sliding window \(32 tokens"),
-    "qwen3": ("Qwen3Config", SLIDING_LAYER, r"layers.1.self_attn \(Qwen3Attention\) has a sliding window \(32 tokens"),
-    "smollm3": ("SmolLM3Config", SLIDING_LAYER, r"layers.1.self_attn \(SmolLM3Attention\) has a sliding window"),
-    "gemma2": ("Gemma2Config", {"head_dim": 8}, r"it uses .*Gemma2Attention \(it caps attention scores \(softcap\)"),
-    "gemma3": ("Gemma3TextConfig", {"head_dim": 8}, r"Gemma3Attention \(it has two sets of rotary frequencies"),
-    "olmo3": ("Olmo3Config", {}, r"Olmo3Attention \(it has two sets of rotary frequencies"),
-    "gpt-oss": ("GptOssConfig", {"head_dim": 8, "num_local_experts": 4}, r"GptOssAttention \(.*attention sinks"),
-    "glm4": ("Glm4Config", {"head_dim": 8}, r"Glm4Attention \(its rotary embedding turns interleaved pairs"),
-    "cohere": ("CohereConfig", {}, r"CohereAttention \(its rotary embedding turns interleaved pairs"),
     "deepseek": (
         "DeepseekV3Config",
         {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
@@ -465,8 +585,6 @@ def test_router_logits_are_refused():
 
 WRONG_CALLS = {
     "sliding_window": (32, r"sliding_window=32"),
-    "softcap": (50.0, r"softcap=50.0"),
-    "s_aux": (torch.zeros(4), r"s_aux=\(4,\)"),
     "dropout": (0.5, r"dropout=0.5"),
     "is_causal": (False, r"is_causal=False"),
     "cu_seq_lens_q": (torch.tensor([0, 5]), r"cu_seq_lens_q=\(2,\)"),

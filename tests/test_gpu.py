@@ -82,14 +82,14 @@ def test_tensors_live_where_they_should(model):
         cache = kv.prefill(TEXT)
         fork = cache.fork()
         engine = kv._runtime.engine
-        residency, layer = engine.residency, cache._lane.sequence.layers[0]
+        residency, layer = engine.residency, cache._lane.sequences[0].layers[0]
         assert residency.device.data.is_cuda
         assert residency.host.pinned
         assert all(slab.is_pinned() for slab in residency.host.slabs)
         assert all(t.is_cuda for codes in layer.codes.slabs(layer.retired) for t in codes.values())
         assert all(t.is_cuda for t in layer.fitted.state)
-        assert not fork._lane.sequence.parked.tokens.is_cuda
-        assert fork._lane.sequence.parked is cache._lane.sequence.parked
+        assert not fork._lane.sequences[0].parked.tokens.is_cuda
+        assert fork._lane.sequences[0].parked is cache._lane.sequences[0].parked
 
 
 def test_device_memory_stays_within_the_budget_and_is_given_back(model):

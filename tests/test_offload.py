@@ -929,8 +929,8 @@ def test_a_block_that_has_ended_holds_no_tensors(model):
     with kvtier.offload(model, settings()) as kv:
         cache = kv.prefill(BOOK)
         fork = cache.fork()
-        engine, sequences = kv._runtime.engine, [c._lane.sequence for c in (cache, fork)]
-        held = [weakref.ref(engine._ring), weakref.ref(sequences[0].layers[0].codes)]
+        engine, sequences = kv._runtime.engine, [c._lane.sequences[0] for c in (cache, fork)]
+        held = [weakref.ref(engine._seats), weakref.ref(sequences[0].layers[0].codes)]
     gc.collect()
     assert [ref() for ref in held] == [None, None]
     assert all(not s.layers and s.parked is None for s in sequences)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from kvtier.runtime.budget import Budget
 from kvtier.runtime.errors import BudgetError
 from kvtier.runtime.geometry import Geometry
-from kvtier.runtime.window import WindowRing
+from kvtier.runtime.model import ModelShape
+from kvtier.runtime.window import WindowRing, Windows
 
 LAYERS, HEADS, DIM = 2, 3, 2
 
@@ -21,7 +22,7 @@ def geometries(draw: st.DrawFn) -> Geometry:
 
 
 def a_ring(geometry: Geometry) -> WindowRing:
-    return WindowRing(geometry, LAYERS, HEADS, DIM, torch.float32, CPU)
+    return WindowRing(geometry.sink, geometry.window_capacity, LAYERS, HEADS, DIM, torch.float32, CPU)
 
 
 def tokens(begin: int, end: int, name: int = 0) -> torch.Tensor:
@@ -85,39 +86,72 @@ def test_a_block_needs_no_token_that_it_overwrites(g: Geometry, sizes: list[int]
 
 @settings(max_examples=60, deadline=None)
 @given(geometries(), SIZES, SIZES)
-def test_a_parked_window_comes_back_after_another_sequence(g: Geometry, sizes: list[int], others: list[int]) -> None:
-    ring, host = a_ring(g), Budget("host", 2**20)
+def test_a_parked_ring_comes_back_after_another_sequence(g: Geometry, sizes: list[int], others: list[int]) -> None:
+    ring = a_ring(g)
     length = fill(ring, g, sizes)
     begin = max(min(g.sink, length), length - g.window_capacity)
-    parked = ring.park(begin, length, host)
-    assert host.used_bytes == ring.parked_bytes(begin, length) == parked.sinks.nbytes + parked.tokens.nbytes
+    parked = ring.park(begin, length)
+    assert ring.parked_bytes(begin, length) == parked.nbytes == parked.sinks.nbytes + parked.tokens.nbytes
     fill(ring, g, others, name=1)
     for _ in range(2):  # immutable: forks load it again
         ring.load(parked)
         assert_holds(ring, 0, min(g.sink, length))
         assert_holds(ring, begin, length)
         write(ring, length, length + g.block, name=2)
+
+
+def a_shape(n_layers: int, sliding: set[int], window: int | None) -> ModelShape:
+    return ModelShape(n_layers, 2 * HEADS, HEADS, DIM, torch.float32, CPU, frozenset(sliding), window)
+
+
+@pytest.mark.parametrize(("n_layers", "sliding"), [(2, set()), (3, {0}), (5, {0, 2, 3}), (2, {0, 1})])
+def test_layers_have_places_in_the_ring_of_their_kind(n_layers: int, sliding: set[int]) -> None:
+    g = make_geometry()
+    shape = a_shape(n_layers, sliding, 5 if sliding else None)
+    windows = Windows(shape, g)
+    rings = [windows.sliding if layer in sliding else windows.full for layer in range(n_layers)]
+    taken = list(zip(map(id, rings), windows.place, strict=True))
+    assert len(set(taken)) == n_layers
+    assert windows.full._data.shape[1] == n_layers - len(sliding)
+    assert windows.sliding._data.shape[1] == len(sliding)
+    assert Windows.bytes_needed(shape, g) == windows.full._data.nbytes + windows.sliding._data.nbytes
+
+
+@pytest.mark.parametrize("length", [3, 9, 40])
+@pytest.mark.parametrize("window", [1, 5, 30])
+def test_parked_windows_hold_what_the_next_block_needs_and_one_token_more(length: int, window: int) -> None:
+    g = make_geometry()
+    shape = a_shape(2 * LAYERS, set(range(LAYERS)), window)
+    windows, host = Windows(shape, g), Budget("host", 2**20)
+    for begin in range(0, length, g.block):
+        for ring in (windows.full, windows.sliding):
+            write(ring, begin, min(begin + g.block, length))
+    begin = min(g.window_start(length), length)
+    parked = windows.park(begin, length, host)
+    assert host.used_bytes == windows.parked_bytes(begin, length) == parked.full.nbytes + parked.sliding.nbytes
+    assert host.used_bytes <= Windows.bytes_needed(shape, g)
+    other = Windows(shape, g)
+    other.load(parked)
+    assert_holds(other.full, begin, length)
+    oldest = max(0, length - window)  # the last token may be forgotten and fed again
+    assert oldest <= shape.sliding_begin(max(0, length - 1))
+    assert_holds(other.sliding, oldest, length)
     del parked
     assert host.used_bytes == 0
 
 
 def test_the_smallest_budget_that_parks() -> None:
     g = make_geometry()
-    ring = a_ring(g)
-    length = fill(ring, g, [8, 8, 8])
-    needed = ring.parked_bytes(10, length)
+    windows = Windows(a_shape(LAYERS, set(), None), g)
+    length = fill(windows.full, g, [8, 8, 8])
+    needed = windows.parked_bytes(10, length)
     with pytest.raises(BudgetError, match=r"\[budget\] host .* window of a cache"):
-        ring.park(10, length, Budget("host", needed - 1))
+        windows.park(10, length, Budget("host", needed - 1))
     host = Budget("host", needed)
-    parked = ring.park(10, length, host)
+    parked = windows.park(10, length, host)
     assert host.free_bytes == 0
     del parked
     assert host.free_bytes == needed
-
-
-def test_bytes_needed_is_what_the_ring_takes() -> None:
-    g = make_geometry()
-    assert WindowRing.bytes_needed(g, LAYERS, HEADS, DIM, 4) == a_ring(g)._data.nbytes
 
 
 def test_more_tokens_than_the_ring_holds_is_a_bug_of_the_caller() -> None:
