@@ -93,7 +93,7 @@ test-gpu: $(VENV)/.test
 
 test-oldest: $(OLD)/.test
 	@$(OLD)/bin/python -m pytest -m "not slow and not gpu" \
-	    $(wildcard tests/test_integration*.py tests/test_offload*.py tests/test_refusals*.py tests/test_families*.py) $(ARGS)
+	    $(wildcard $(foreach kind,integration offload refusals families compat,tests/test_$(kind)*.py)) $(ARGS)
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check .
