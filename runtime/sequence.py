@@ -96,6 +96,48 @@ class Fitted:
         self.state = state
 
 
+class QueryMoment:
+    """The sum of q q^T over the queries of a layer so far, per KV head: what a summary is fitted to beside the keys.
+
+    A block that is processed again (after a failure, or for a forgotten token) replaces what it added before.
+    """
+
+    __slots__ = ("__weakref__", "_budget", "_last", "_start", "_total")
+
+    def __init__(self, n_kv_heads: int, head_dim: int, device: torch.device, budget: Budget) -> None:
+        nbytes = self.bytes_needed(n_kv_heads, head_dim)
+        budget.take(nbytes, "the second moment of a layer's queries")
+        weakref.finalize(self, budget.give, nbytes)
+        self._budget = budget
+        self._total, self._last = torch.zeros(2, n_kv_heads, head_dim, head_dim, device=device)
+        self._start = -1
+
+    @staticmethod
+    def bytes_needed(n_kv_heads: int, head_dim: int) -> int:
+        """Device bytes of one layer."""
+        return 2 * n_kv_heads * head_dim * head_dim * 4
+
+    def add(self, start: int, q: torch.Tensor) -> None:
+        """Add the queries [N, R, D] float32 of the block at token ``start``."""
+        if start > self._start:
+            self._total += self._last
+        torch.matmul(q.mT, q, out=self._last)
+        self._start = start
+
+    def before(self, start: int) -> torch.Tensor:
+        """The sum over the queries of the tokens before ``start``, [N, D, D] float32."""
+        return self._total + self._last if start > self._start else self._total
+
+    def copy(self) -> "QueryMoment":
+        """An independent one. Raises BudgetError."""
+        n_kv, dim, _ = self._total.shape
+        other = QueryMoment(n_kv, dim, self._total.device, self._budget)
+        other._total.copy_(self._total)
+        other._last.copy_(self._last)
+        other._start = self._start
+        return other
+
+
 @dataclass
 class LayerChunks:
     """The chunks of one layer that have left the window, in order of position."""
@@ -106,6 +148,8 @@ class LayerChunks:
     """Their chunk ids, [N, retired] int64."""
     fitted: Fitted | None = None
     """What the summary fitted to this layer, from the first chunk on."""
+    queries: QueryMoment | None = None
+    """The queries so far, until then, for a summary that needs them."""
 
     @property
     def retired(self) -> int:
@@ -113,7 +157,7 @@ class LayerChunks:
         return int(self.ids.shape[1])
 
     def fork(self) -> "LayerChunks":
-        return LayerChunks(self.codes.fork(), self.ids, self.fitted)
+        return LayerChunks(self.codes.fork(), self.ids, self.fitted, self.queries and self.queries.copy())
 
 
 @dataclass

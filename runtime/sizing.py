@@ -6,6 +6,7 @@ from kvtier.runtime.budget import format_bytes
 from kvtier.runtime.errors import BudgetError
 from kvtier.runtime.geometry import ALL_QUERIES_CHOOSE, Geometry
 from kvtier.runtime.model import ModelShape
+from kvtier.runtime.sequence import QueryMoment
 from kvtier.runtime.slabs import SLAB_CHUNKS, slab_bytes
 from kvtier.runtime.summary import Summary
 from kvtier.runtime.window import Windows
@@ -22,7 +23,7 @@ class DeviceSizes:
     scratch: int
     rotary: int
     summaries: int
-    """The first slab of every layer; more slabs follow as the context grows."""
+    """The first slab of every layer and what is fitted to it; more slabs follow as the context grows."""
     pool_slots: int
     chunk_bytes: int
 
@@ -64,12 +65,15 @@ def device_sizes(
     """
     one = chunk_bytes(shape, geometry)
     n_full = len(shape.full_layers)
+    per_layer = slab_bytes(summary.layout(), shape.n_kv_heads) + shape.n_kv_heads * summary.state_bytes()
+    if summary.needs_queries:
+        per_layer += QueryMoment.bytes_needed(shape.n_kv_heads, shape.head_dim)
     layer_chunks = max(1, geometry.select) * shape.n_kv_heads if n_full else 0
     sizes = DeviceSizes(
         ring=Windows.bytes_needed(shape, geometry),
         scratch=scratch_bytes(shape, geometry),
         rotary=rotary_bytes,
-        summaries=n_full * (slab_bytes(summary.layout(), shape.n_kv_heads) + shape.n_kv_heads * summary.state_bytes()),
+        summaries=n_full * per_layer,
         pool_slots=layer_chunks,
         chunk_bytes=one,
     )

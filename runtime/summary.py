@@ -31,6 +31,9 @@ KINDS = {
 class Summary(ABC):
     """One kind of key summary. Stateless: what it fits to a layer is handed back and passed in again."""
 
+    needs_queries = False
+    """Whether ``fit`` looks at the queries."""
+
     def __init__(self, *, chunk: int, head_dim: int, dtype: torch.dtype, rank: int, bits: int) -> None:
         self.chunk = chunk
         self.head_dim = head_dim
@@ -42,10 +45,14 @@ class Summary(ABC):
     def layout(self) -> Layout:
         """The tensors that one chunk of one KV head takes on the device."""
 
-    def fit(self, keys: torch.Tensor) -> State:
+    def fit(self, keys: torch.Tensor, q_outer: torch.Tensor | None) -> State:
         """Called once per layer and sequence, when the first chunk leaves the window.
 
-        ``keys`` [N, n, D]: all un-rotated keys then held after the sinks.
+        Parameters
+        ----------
+        keys : Tensor [N, n, D], all un-rotated keys then held after the sinks
+        q_outer : Tensor [N, D, D] float32, the sum of q q^T over the un-rotated queries of all tokens before the block
+            that is being processed; None unless ``needs_queries``
         """
         return ()
 

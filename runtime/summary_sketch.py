@@ -2,19 +2,23 @@
 
 import torch
 
+from kvtier.kernels.basis import fit_basis
 from kvtier.kernels.quantize import packed_size
 from kvtier.kernels.select import sketch_scores
-from kvtier.kernels.summarize import encode_sketch, fit_basis
+from kvtier.kernels.summarize import encode_sketch
 from kvtier.runtime.errors import ConfigError
 from kvtier.runtime.summary import Codes, Layout, State, Summary
 
 
 class SketchSummary(Summary):
-    """score = q.mean + max over tokens of sum_r (q.b_r) scale_r code_r.
+    """score = q.mean + max over tokens of sum_r (q.back_r) scale_r code_r.
 
-    b_r are the ``rank`` principal directions of the layer's keys, the codes have ``bits`` bits (own measurements:
-    shared notes, summaries.md; DESIGN.md, "Sketch"). 16 directions at 4 bits, chunk 32: 9 bytes per token and KV head.
+    The codes are coordinates (k - mean).to_r in the ``rank`` directions that matter most to the layer's queries
+    (``kernels.basis``), in ``bits`` bits (own measurements: docs/summaries.md). 16 directions at 4 bits, chunk 32:
+    9 bytes per token and KV head.
     """
+
+    needs_queries = True
 
     def __init__(self, *, chunk: int, head_dim: int, dtype: torch.dtype, rank: int, bits: int) -> None:
         if rank > head_dim:
@@ -27,17 +31,18 @@ class SketchSummary(Summary):
             "scale": ((self.rank,), torch.bfloat16),
         }
 
-    def fit(self, keys: torch.Tensor) -> State:
-        return fit_basis(keys, self.rank)
+    def fit(self, keys: torch.Tensor, q_outer: torch.Tensor | None) -> State:
+        assert q_outer is not None
+        return fit_basis(keys, q_outer, self.rank)
 
     def state_bytes(self) -> int:
-        return 4 * self.head_dim * (1 + self.rank)
+        return 4 * self.head_dim * (1 + 2 * self.rank)
 
     def encode(self, state: State, keys: torch.Tensor) -> Codes:
-        mean, basis = state
-        codes, scale = encode_sketch(keys, mean, basis, self.bits)
+        mean, to, _ = state
+        codes, scale = encode_sketch(keys, mean, to, self.bits)
         return {"codes": codes, "scale": scale}
 
     def scores(self, state: State, codes: Codes, q: torch.Tensor) -> torch.Tensor:
-        mean, basis = state
-        return sketch_scores(q, codes["codes"], codes["scale"], mean, basis, self.bits)
+        mean, _, back = state
+        return sketch_scores(q, codes["codes"], codes["scale"], mean, back, self.bits)

@@ -23,7 +23,7 @@ from kvtier.runtime.geometry import Geometry
 from kvtier.runtime.model import ModelShape, Rotary
 from kvtier.runtime.residency import Residency
 from kvtier.runtime.seats import Seats
-from kvtier.runtime.sequence import Fitted, LayerChunks, TieredSequence
+from kvtier.runtime.sequence import Fitted, LayerChunks, QueryMoment, TieredSequence
 from kvtier.runtime.sizing import longest_attended
 from kvtier.runtime.summary import Summary
 from kvtier.runtime.window import WindowRing, Windows
@@ -66,9 +66,10 @@ class TieredEngine(Engine[TieredSequence]):
     def fork(self, sequence: TieredSequence, select: int) -> TieredSequence:
         """A sequence that shares the past of another; its window is parked on the host and shared until either runs."""
         self._seats.park(sequence)
+        fork = sequence.fork(select)
         for layer in sequence.layers:
             self.residency.share(layer.ids.ravel())
-        return sequence.fork(select)
+        return fork
 
     def release(self, sequence: TieredSequence) -> None:
         """Forget a sequence; chunks that no other sequence shares leave every tier. A second call does nothing."""
@@ -97,6 +98,8 @@ class TieredEngine(Engine[TieredSequence]):
             return self._slide(windows, layer, start, q, k, v, logits)
         ring, place = windows.full, windows.place[layer]
         chunks = sequence.layers[layer]
+        if self._summary.needs_queries and chunks.fitted is None:
+            self._observe(chunks, layer, start, q)
         self._retire(chunks, ring, place, start)
         chosen = self._choose(chunks, layer, q, start, sequence.select, logits.scaling)
         self.last_chosen[layer] = chosen
@@ -126,6 +129,13 @@ class TieredEngine(Engine[TieredSequence]):
         rotary = self.rotary[layer]
         return attend(q, keys, values, rotary.cos[:n], rotary.sin[:n], logits, self.shape.sliding_window)
 
+    def _observe(self, chunks: LayerChunks, layer: int, start: int, q: torch.Tensor) -> None:
+        """Count the queries of the block at ``start``, which a summary will be fitted to."""
+        n_kv, dim = self.shape.n_kv_heads, self.shape.head_dim
+        if chunks.queries is None:
+            chunks.queries = QueryMoment(n_kv, dim, self.shape.device, self._gpu)
+        chunks.queries.add(start, self.rotary[layer].unplaced(q.float()).reshape(n_kv, -1, dim))
+
     def _retire(self, chunks: LayerChunks, ring: WindowRing, place: int, start: int) -> None:
         """Summarise and store the chunks that the block at ``start`` can select and the last one could not."""
         first, last = chunks.retired, self.geometry.selectable(start)
@@ -134,7 +144,9 @@ class TieredEngine(Engine[TieredSequence]):
         g, n_kv = self.geometry, self.shape.n_kv_heads
         begin, end = g.sink + first * g.chunk, g.sink + last * g.chunk
         if chunks.fitted is None:
-            chunks.fitted = Fitted(self._summary.fit(ring.tokens(place, g.sink, start)[0]), self._gpu)
+            queries = None if chunks.queries is None else chunks.queries.before(start)
+            chunks.fitted = Fitted(self._summary.fit(ring.tokens(place, g.sink, start)[0], queries), self._gpu)
+            chunks.queries = None
         kv = ring.tokens(place, begin, end).unflatten(2, (last - first, g.chunk))  # [2, N, m, C, D]
         chunks.codes.reserve(last - first)
         records = kv.permute(1, 2, 0, 3, 4).reshape(-1, 2, g.chunk, self.shape.head_dim)  # [N*m, 2, C, D]

@@ -277,10 +277,10 @@ def sketched_keys(case: Case, sequence: TieredSequence, layer: int, kv_head: int
     """The keys [C, D] that the sketch of a chunk stands for."""
     codes, state = codes_of(sequence, layer), sequence.layers[layer].fitted.state
     assert state is not None
-    mean, basis = (x[kv_head].double().numpy() for x in state)
+    mean, _, back = (x[kv_head].double().numpy() for x in state)
     tokens = unpack(codes["codes"][kv_head, index], case.bits, case.rank).double().numpy()
     scale = codes["scale"][kv_head, index].double().numpy()
-    return (tokens * scale) @ basis.T + mean
+    return (tokens * scale) @ back.T + mean
 
 
 class Judge:

@@ -31,7 +31,7 @@ def summary_of(kind, keys, **other):
 def scores_of(kind, q, keys, **other):
     """What a kind says of ``q`` [N, Q, D] and the chunks of ``keys`` [N, m, C, D]."""
     summary = summary_of(kind, keys, **other)
-    state = summary.fit(keys.flatten(1, 2))
+    state = summary.fit(keys.flatten(1, 2), None)
     return summary.scores(state, summary.encode(state, keys), q)
 
 
@@ -189,7 +189,7 @@ def test_the_layout_is_what_encode_makes(kind, vectors, dtype):
 def test_nothing_is_fitted(kind):
     _, keys = draw(5)
     summary = summary_of(kind, keys)
-    assert summary.fit(keys.flatten(1, 2)) == ()
+    assert summary.fit(keys.flatten(1, 2), None) == ()
     assert summary.state_bytes() == 0
 
 
