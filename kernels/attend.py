@@ -1,4 +1,8 @@
-"""Attention of one block over the attended set, with fresh consecutive positions."""
+"""Attention of one block over the attended set, with fresh consecutive positions.
+
+Here in torch, on keys and values that lie beside each other; ``attend_decode`` and ``attend_prefill`` have the Triton
+kernels, which start from where the parts of the set lie (``assemble``).
+"""
 
 from dataclasses import dataclass
 
@@ -57,20 +61,28 @@ def attend(
     -------
     Tensor [H, b, D], q's dtype
     """
-    heads, block, dim = q.shape
+    block = q.shape[1]
     if window is not None:  # what no query sees
         unseen = max(0, keys.shape[1] - block - window + 1)
         keys, values, cos, sin = keys[:, unseen:], values[:, unseen:], cos[unseen:], sin[unseen:]
-    kv_heads, n, _ = keys.shape
+    n = keys.shape[1]
     q = rotate(q, cos[n - block :], sin[n - block :])
-    keys = rotate(keys, cos, sin)
-    mask = None if block == 1 else _mask(block, n, window, q.device)
+    return attend_rotated(q, rotate(keys, cos, sin), values, logits, window)
+
+
+def attend_rotated(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, logits: Logits, window: int | None = None
+) -> torch.Tensor:
+    """``attend`` for queries and keys that have their positions already."""
+    heads, block, dim = q.shape
+    kv_heads, n, _ = keys.shape
+    mask = None if block == 1 and (window is None or window >= n) else _mask(block, n, window, q.device)
     if logits.softcap is not None:
         return _softcapped(q, keys, values, mask, logits)
     if logits.sink is not None:
         return _with_sink(q, keys, values, mask, logits)
     if mask is None:  # the heads of a group become queries of their KV head: no copy of the keys
-        folded = q.view(1, kv_heads, heads // kv_heads, dim)
+        folded = q.reshape(1, kv_heads, heads // kv_heads, dim)
         out = F.scaled_dot_product_attention(folded, keys[None], values[None], scale=logits.scaling)
         return out.reshape(heads, 1, dim)
     out = F.scaled_dot_product_attention(

@@ -18,6 +18,8 @@ except ImportError:
     triton = None
     tl = SimpleNamespace(constexpr=Any)
 
+__all__ = ["INTERPRETED", "jit", "n_processors", "runs_triton", "tl", "triton"]
+
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's interpreter runs kernels on the CPU, for tests."""
 

@@ -5,26 +5,25 @@
 1. chunks that have left the window are summarised (``summary``) and admitted to the lower tiers (``residency``);
 2. the block's queries weigh the summaries and choose chunks (``kernels.select``);
 3. the chosen chunks are fetched into the device pool (``residency``);
-4. the block's own K and V go into the ring (``window``);
-5. [sinks | chosen chunks | window] is assembled and attended with positions 0..n-1 (``kernels.attend``).
+4. the block's own K and V go into the ring (``window``); [sinks | chosen chunks | window] is attended with positions
+   0..n-1 (``layer_attention``).
 
-A layer with a sliding window has steps 4 and 5 alone, with that window.
+A layer with a sliding window has step 4 alone, with that window.
 """
 
 import numpy as np
 import torch
 
-from kvtier.kernels.attend import Logits, attend
-from kvtier.kernels.gather import gather_chunks
+from kvtier.kernels.attend import Logits
 from kvtier.kernels.select import chunk_weights, top_chunks
 from kvtier.runtime.budget import Budget
 from kvtier.runtime.engine import Engine
 from kvtier.runtime.geometry import Geometry
+from kvtier.runtime.layer_attention import Attended, make_attention
 from kvtier.runtime.model import ModelShape, Rotary
 from kvtier.runtime.residency import Residency
 from kvtier.runtime.seats import Seats
 from kvtier.runtime.sequence import Fitted, LayerChunks, QueryMoment, TieredSequence
-from kvtier.runtime.sizing import longest_attended
 from kvtier.runtime.summary import Summary
 from kvtier.runtime.window import WindowRing, Windows
 
@@ -50,8 +49,7 @@ class TieredEngine(Engine[TieredSequence]):
         self._gpu = gpu
         self._summary = summary
         self._seats = Seats(shape, geometry, residency, gpu, host)
-        attended = (2, shape.n_kv_heads, longest_attended(shape, geometry), shape.head_dim)
-        self._attended = torch.empty(attended, dtype=shape.dtype, device=shape.device)
+        self._attention = make_attention(shape, geometry, {table.cos.shape[-1] for table in rotary})
         self.last_chosen: list[torch.Tensor | None] = [None] * shape.n_layers
         """Per layer, the chunks [N, n] that the last block attended to (None before any could be selected)."""
 
@@ -91,11 +89,12 @@ class TieredEngine(Engine[TieredSequence]):
     def attend(
         self, sequence: TieredSequence, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, logits: Logits
     ) -> torch.Tensor:
-        """Steps 1 to 5 above, for a block of ``b`` new tokens in one layer."""
+        """Steps 1 to 4 above, for a block of ``b`` new tokens in one layer."""
         windows = self._seats.windows_of(sequence)
         start, end = sequence.length, sequence.length + q.shape[1]
         if layer in self.shape.sliding_layers:
-            return self._slide(windows, layer, start, q, k, v, logits)
+            to = self._sliding(windows, layer, start, end)
+            return self._attention.attend(q, k, v, to, self.rotary[layer], logits)
         ring, place = windows.full, windows.place[layer]
         chunks = sequence.layers[layer]
         if self._summary.needs_queries and chunks.fitted is None:
@@ -103,31 +102,19 @@ class TieredEngine(Engine[TieredSequence]):
         self._retire(chunks, ring, place, start)
         chosen = self._choose(chunks, layer, q, start, sequence.select, logits.scaling)
         self.last_chosen[layer] = chosen
-        ring.write(place, start, k, v)
-        n = self._assemble(chunks, ring, place, chosen, start, end)
-        keys, values = self._attended[0, :, :n], self._attended[1, :, :n]
-        rotary = self.rotary[layer]
-        return attend(q, keys, values, rotary.cos[:n], rotary.sin[:n], logits)
+        g = self.geometry
+        slots = None if chosen is None else self._fetch(chunks, chosen)
+        begin = max(g.sink, g.window_start(start))
+        to = Attended(ring, place, min(g.sink, end), begin, start, end, self.residency.device.data, slots)
+        assert to.length <= g.bound
+        self.longest_attended = max(self.longest_attended, to.length)
+        return self._attention.attend(q, k, v, to, self.rotary[layer], logits)
 
-    def _slide(
-        self,
-        windows: Windows,
-        layer: int,
-        start: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        logits: Logits,
-    ) -> torch.Tensor:
-        """A layer with a sliding window. Rotation is relative, so positions may count from the window's first token."""
-        ring, place = windows.sliding, windows.place[layer]
-        begin, end = self.shape.sliding_begin(start), start + q.shape[1]
-        n = end - begin
-        keys, values = self._attended[0, :, :n], self._attended[1, :, :n]
-        ring.write(place, start, k, v)
-        ring.read(place, begin, end, keys, values)
-        rotary = self.rotary[layer]
-        return attend(q, keys, values, rotary.cos[:n], rotary.sin[:n], logits, self.shape.sliding_window)
+    def _sliding(self, windows: Windows, layer: int, start: int, end: int) -> Attended:
+        """What a layer with a sliding window attends to. Rotation is relative: positions count from its first token."""
+        place, begin = windows.place[layer], self.shape.sliding_begin(start)
+        pool, window = self.residency.device.data, self.shape.sliding_window
+        return Attended(windows.sliding, place, 0, begin, start, end, pool, window=window)
 
     def _observe(self, chunks: LayerChunks, layer: int, start: int, q: torch.Tensor) -> None:
         """Count the queries of the block at ``start``, which a summary will be fitted to."""
@@ -177,32 +164,14 @@ class TieredEngine(Engine[TieredSequence]):
             weights += chunk_weights(torch.cat(slabs, dim=-1)) * (part.shape[1] / rows.shape[1])
         return weights
 
-    def _assemble(
-        self, chunks: LayerChunks, ring: WindowRing, place: int, chosen: torch.Tensor | None, start: int, end: int
-    ) -> int:
-        """Write [sinks | chosen chunks | window up to ``end``] into the scratch; returns the attended length."""
-        g = self.geometry
-        keys, values = self._attended[0], self._attended[1]
-        n = min(g.sink, end)
-        ring.read(place, 0, n, keys[:, :n], values[:, :n])
-        if chosen is not None:
-            picked = np.take_along_axis(chunks.ids, chosen.cpu().numpy(), axis=1)
-            slots = self.residency.fetch(picked.ravel()).reshape(picked.shape)
-            length = picked.shape[1] * g.chunk
-            pool = self.residency.device.data
-            on_device = torch.from_numpy(np.ascontiguousarray(slots)).to(pool.device)
-            gather_chunks(pool, on_device, keys[:, n : n + length], values[:, n : n + length])
-            n += length
-        begin = max(g.sink, g.window_start(start))
-        if end > begin:
-            ring.read(place, begin, end, keys[:, n : n + end - begin], values[:, n : n + end - begin])
-            n += end - begin
-        assert n <= g.bound
-        self.longest_attended = max(self.longest_attended, n)
-        return n
+    def _fetch(self, chunks: LayerChunks, chosen: torch.Tensor) -> torch.Tensor:
+        """Bring the ``chosen`` chunks [N, n] into the device pool; their slots there, [N, n] int32 on the device."""
+        picked = np.take_along_axis(chunks.ids, chosen.cpu().numpy(), axis=1)
+        slots = self.residency.fetch(picked.ravel()).reshape(picked.shape)
+        return torch.from_numpy(slots.astype(np.int32)).to(chosen.device)
 
     def close(self) -> None:
         """Give everything back; the engine cannot be used any more."""
         self.rotary = []
-        del self._seats, self._attended
+        del self._seats, self._attention
         self.residency.close()

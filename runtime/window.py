@@ -44,20 +44,20 @@ class WindowRing:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._sink = sink
+        self.sink = sink
         self._capacity = capacity
         self._token_bytes = 2 * n_layers * n_kv_heads * head_dim * dtype.itemsize
         self._data = torch.zeros(2, n_layers, n_kv_heads, sink + capacity, head_dim, dtype=dtype, device=device)
 
     def _pieces(self, begin: int, end: int) -> list[slice]:
         """Where tokens begin..end lie, in order: at most one stretch of sinks and two of the ring."""
-        pieces = [slice(begin, min(end, self._sink))] if begin < self._sink else []
-        begin = max(begin, self._sink)
+        pieces = [slice(begin, min(end, self.sink))] if begin < self.sink else []
+        begin = max(begin, self.sink)
         assert end - begin <= self._capacity, "more tokens than the ring holds"
         while begin < end:
-            offset = (begin - self._sink) % self._capacity
+            offset = (begin - self.sink) % self._capacity
             count = min(end - begin, self._capacity - offset)
-            pieces.append(slice(self._sink + offset, self._sink + offset + count))
+            pieces.append(slice(self.sink + offset, self.sink + offset + count))
             begin += count
         return pieces
 
@@ -79,17 +79,21 @@ class WindowRing:
             out_v[:, done : done + count] = self._data[1, layer, :, piece]
             done += count
 
+    def layer(self, layer: int) -> torch.Tensor:
+        """All places of a layer, [2, N, sink + capacity, D]; token t >= sink is in sink + (t - sink) % capacity."""
+        return self._data[:, layer]
+
     def tokens(self, layer: int, begin: int, end: int) -> torch.Tensor:
         """Tokens begin..end of a layer as a new tensor [2, N, end - begin, D]."""
         return torch.cat([self._data[:, layer, :, piece] for piece in self._pieces(begin, end)], dim=2)
 
     def parked_bytes(self, begin: int, end: int) -> int:
         """Host bytes that ``park(begin, end)`` takes."""
-        return self._token_bytes * (min(self._sink, end) + end - begin)
+        return self._token_bytes * (min(self.sink, end) + end - begin)
 
     def park(self, begin: int, end: int) -> ParkedRing:
         """Copy sinks and tokens begin..end to the host."""
-        sinks = self._data[:, :, :, : min(self._sink, end)].to("cpu", copy=True)
+        sinks = self._data[:, :, :, : min(self.sink, end)].to("cpu", copy=True)
         pieces = [self._data[:, :, :, piece] for piece in (slice(0), *self._pieces(begin, end))]
         return ParkedRing(sinks, torch.cat(pieces, dim=3).to("cpu"), begin, end)
 
