@@ -1,5 +1,6 @@
 """TieredCache: the transformers cache that stands for one sequence of an offload block."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -167,8 +168,31 @@ class TieredCache(Cache):
         return self._owner._fork(self, select, [0] * rows)
 
     def row(self, index: int) -> "TieredCache":
-        """A fork of one row of a batch. Raises IndexError."""
-        return self._owner._fork(self, None, [range(self.n_rows)[index]])
+        """A fork of one row of a batch, without its pads. Raises IndexError."""
+        fork = self._owner._fork(self, None, [range(self.n_rows)[index]])
+        fork._lane.pads = [0]
+        return fork
+
+    def save(self, path: str | os.PathLike[str]) -> str:
+        """Write this cache of one row into a store, a folder that holds many; returns the id that ``kv.open`` takes.
+
+        The id is a hash of the content, so saving the same again changes nothing. A save that is interrupted leaves
+        nothing behind. What is saved is not counted in ``[budget] disk``; pads are not saved.
+
+        Parameters
+        ----------
+        path : the folder; made if its parent exists. It can be that of ``[store] path``.
+
+        Raises
+        ------
+        StoreError
+            The folder is not a kvtier store, its device is too full, or another process is saving to it.
+        BudgetError
+            The window of a cache that has just run does not fit the host budget.
+        UnsupportedError
+            The cache has several rows (use ``cache.row(i).save(path)``) or no tokens, or the method is "reattention".
+        """
+        return self._owner._save(self, path)
 
     def rewind(self) -> None:
         """Forget the last token of every row, so that feeding it again gives its logits again."""
@@ -176,6 +200,18 @@ class TieredCache(Cache):
             raise UnsupportedError("the last block of this cache was longer than a token: pass new tokens to go on")
         for sequence in self._lane.sequences:
             sequence.rewind()
+
+    @contextmanager
+    def rewound(self, ids: torch.Tensor) -> Iterator[None]:
+        """Around a call that feeds the last tokens ``ids`` [rows, 1] again; where it did not, they are kept."""
+        lengths = [sequence.length for sequence in self._lane.sequences]
+        self.rewind()
+        try:
+            yield
+        finally:
+            for sequence, length, token in zip(self._lane.sequences, lengths, ids, strict=True):
+                if sequence.length < length:
+                    Sequence.commit(sequence, token)  # not the subclass's: a parked window is still up to date
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         raise UnsupportedError("a kvtier cache cannot be cropped (assisted decoding is not supported): fork() before")

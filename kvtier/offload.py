@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationMixin
 
-from kvtier import attention
+from kvtier import attention, sessions
 from kvtier.build import build_runtime
 from kvtier.cache import Lane, TieredCache
 from kvtier.compat import attention_name, set_attention_name
@@ -25,6 +25,7 @@ from kvtier.rope import identity_rotary
 from kvtier.runtime.errors import KvtierError, UnsupportedError
 from kvtier.runtime.geometry import Geometry
 from kvtier.runtime.sequence import Sequence as CachedSequence
+from kvtier.runtime.session_store import SessionStore
 from kvtier.stats import Clock, Stats
 
 ConfigSource = str | os.PathLike[str] | Mapping[str, object] | Config | None
@@ -172,6 +173,27 @@ class Offload:
             self.feed(cache, tokens, mask, logits_to_keep=1, on_block=lambda done: bar.update(done - bar.n))
         return cache
 
+    def open(self, path: str | os.PathLike[str], id: str | None = None) -> TieredCache:
+        """The cache that ``cache.save(path)`` wrote, also in another process: what follows is the same to the last bit.
+
+        Parameters
+        ----------
+        path : folder of the store
+        id : what ``save`` returned, and ``kvtier inspect`` lists; None: the only one
+
+        Raises
+        ------
+        StoreError
+            No store, no such id (the message lists those there are), another model, chunk, sink, local, dtype or
+            summary than it was saved with, or damaged files. Nothing is read but what is needed to know.
+        BudgetError
+            It does not fit the budgets; whatever was read has been given back.
+        """
+        self._check_open()
+        self._reap()
+        with recording_off():
+            return self._wrap([sessions.open_sequence(self, SessionStore(path), id)])
+
     def feed(
         self,
         cache: TieredCache,
@@ -200,7 +222,8 @@ class Offload:
         with recording_off():
             feeding = Feeding(self._forward, cache, ids, mask, logits_to_keep, device)
             run_blocks(feeding, self.geometry, on_block or (lambda done: None), hold_last=hold_last)
-        self._clock.add(feeding.n_tokens, len(feeding.rows), was_empty, started)
+        held = len(feeding.rows) if hold_last else 0
+        self._clock.add(feeding.n_tokens - held, len(feeding.rows), was_empty, started)
         return None if hold_last else feeding.output()
 
     def check_ids(self, ids: Any) -> torch.Tensor:
@@ -235,12 +258,21 @@ class Offload:
             raise ValueError(f"select must be 0 .. {most} ([attention] select), not {select}")
         lane, forks = cache._lane, []
         with recording_off():
-            for row in rows:
-                sequence = lane.sequences[row]
-                forks.append(self._runtime.engine.fork(sequence, sequence.select if select is None else select))
+            try:
+                for row in rows:
+                    sequence = lane.sequences[row]
+                    forks.append(self._runtime.engine.fork(sequence, sequence.select if select is None else select))
+            except BaseException:
+                self._release(forks)
+                raise
         fork = self._wrap(forks)
         fork._lane.pads = [lane.pads[row] for row in rows]
         return fork
+
+    def _save(self, cache: TieredCache, path: str | os.PathLike[str]) -> str:
+        self._reap()
+        with recording_off():
+            return sessions.save(self, cache, path)
 
     def _wrap(self, sequences: list[CachedSequence]) -> TieredCache:
         self._reap()

@@ -13,6 +13,7 @@ from kvtier.cache import TieredCache
 from kvtier.config import Config
 from kvtier.offload import Offload, offload
 from kvtier.runtime.errors import KvtierError
+from kvtier.sessions import Session
 
 MARK = "\u2063kvtier\u2063"
 """Stands for the question while a chat template is rendered; nobody writes it in a text."""
@@ -66,16 +67,27 @@ def make_prompt(tokenizer: Any, context: str) -> Prompt:
 
 
 class Reader:
-    """A context that has been read, ready for questions."""
+    """A context that has been read, ready for questions.
 
-    def __init__(self, kv: Offload, tokenizer: Any, prompt: Prompt, max_new_tokens: int) -> None:
+    Parameters
+    ----------
+    context : the text; None: what the session has
+    session : where what was read is kept; None: nowhere
+    """
+
+    def __init__(
+        self, kv: Offload, tokenizer: Any, context: str | None, max_new_tokens: int, session: Session | None
+    ) -> None:
         self._kv = kv
         self._tokenizer = tokenizer
-        self._prompt = prompt
+        self._prompt = make_prompt(tokenizer, context or "")
         self._max_new_tokens = max_new_tokens
         bos = getattr(tokenizer, "chat_template", None) is None  # a chat template writes its own
-        self.ids: list[int] = tokenizer(prompt.before, add_special_tokens=bos, verbose=False)["input_ids"]
-        self._book: TieredCache = kv.prefill(self.ids, progress=None)
+        ids: list[int] = []
+        if context is not None:
+            ids = tokenizer(self._prompt.before, add_special_tokens=bos, verbose=False)["input_ids"]
+        self._book: TieredCache = kv.prefill(ids) if session is None else session.book(kv, ids or None)
+        self.ids: list[int] = self._book.token_ids.tolist()
 
     def ask(self, question: str, streamer: Any = None) -> str:
         """The answer to one question, asked of a fork: questions do not see each other."""
@@ -97,11 +109,11 @@ class Reader:
 
 @contextmanager
 def reading(
-    tokenizer: Any, model: Any, config: Config, context: str, max_new_tokens: int
+    tokenizer: Any, model: Any, config: Config, context: str | None, max_new_tokens: int, session: Session | None = None
 ) -> Iterator[tuple[Offload, Reader]]:
-    """An offload block in which ``context`` has been read."""
+    """An offload block in which ``context`` has been read, or what ``session`` has of it been opened."""
     with offload(model, config) as kv:
-        yield kv, Reader(kv, tokenizer, make_prompt(tokenizer, context), max_new_tokens)
+        yield kv, Reader(kv, tokenizer, context, max_new_tokens, session)
 
 
 def questions(given: list[str], say: Callable[[str], None]) -> Iterator[str]:

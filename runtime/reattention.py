@@ -54,6 +54,7 @@ class ReAttentionEngine(Engine[DenseSequence]):
             tokens=sequence.tokens.copy(),
             block_starts=list(sequence.block_starts),
             kv=[kv.clone() for kv in sequence.kv],
+            _rewound=sequence._rewound,
         )
 
     def release(self, sequence: DenseSequence) -> None:

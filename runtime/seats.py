@@ -45,17 +45,22 @@ class Seats:
         if not new:
             return
         self._give_back(len(sequences))
-        while len(self._seats) < len(sequences):
-            self._gpu.take(self._bytes, f"the windows of row {len(self._seats) + 1} of a batch of {len(sequences)}")
-            self._seats.append(Seat(Windows(self._shape, self._geometry)))
+        try:
+            while len(self._seats) < len(sequences):
+                self._gpu.take(self._bytes, f"the windows of row {len(self._seats) + 1} of a batch of {len(sequences)}")
+                self._seats.append(Seat(Windows(self._shape, self._geometry)))
+        except BaseException:
+            self._give_back(1)
+            raise
         free = [seat for seat in self._seats if not any(seat.sequence is s for s in sequences)]
         free.sort(key=lambda seat: seat.sequence is not None)
         for sequence, seat in zip(new, free, strict=False):
             if seat.sequence is not None:
                 self.park(seat.sequence)
-            seat.sequence = sequence
+            seat.sequence = None
             if sequence.parked is not None:
                 seat.windows.load(sequence.parked)
+            seat.sequence, sequence.parked = sequence, None
 
     def park(self, sequence: TieredSequence) -> None:
         """Give ``sequence`` an up-to-date parked window, if it runs and has one to keep. It keeps its seat."""
@@ -68,14 +73,25 @@ class Seats:
         begin = min(self._geometry.sink + least * self._geometry.chunk, sequence.length)
         if not retired:
             begin = sequence.length
-        self._residency.free_host_bytes(seat.windows.parked_bytes(begin, sequence.length))
-        sequence.parked = seat.windows.park(begin, sequence.length, self._host)
+        try:
+            self._residency.free_host_bytes(seat.windows.parked_bytes(begin, sequence.length))
+            sequence.parked = seat.windows.park(begin, sequence.length, self._host)
+        except BaseException:
+            self._drop_copies()
+            raise
 
     def release(self, sequence: TieredSequence) -> None:
-        """The seat of a sequence that nobody needs any more is free."""
+        """The seat of a sequence that nobody needs any more is given back, unless it is the last."""
         seat = self._seat_of(sequence)
         if seat is not None:
             seat.sequence = None
+            self._give_back(1)
+
+    def _drop_copies(self) -> None:
+        """Parked windows of sequences that have a seat are not needed."""
+        for seat in self._seats:
+            if seat.sequence is not None:
+                seat.sequence.parked = None
 
     def _give_back(self, n: int) -> None:
         """Give free seats back, down to ``n``."""

@@ -109,7 +109,8 @@ class QueryMoment:
         budget.take(nbytes, "the second moment of a layer's queries")
         weakref.finalize(self, budget.give, nbytes)
         self._budget = budget
-        self._total, self._last = torch.zeros(2, n_kv_heads, head_dim, head_dim, device=device)
+        self._total = torch.zeros(n_kv_heads, head_dim, head_dim, device=device)
+        self._last = torch.zeros_like(self._total)
         self._start = -1
 
     @staticmethod
@@ -192,6 +193,7 @@ class TieredSequence(Sequence):
             tokens=self.tokens.copy(),
             block_starts=list(self.block_starts),
             parked=self.parked,
+            _rewound=self._rewound,
         )
 
     def commit(self, ids: torch.Tensor) -> None:

@@ -595,6 +595,19 @@ def test_another_token_after_a_rewind(elsewhere: str) -> None:
         assert_same(rig.feed(sequence, right), fresh(case, past, right))
 
 
+def test_a_fork_of_a_rewound_sequence_cannot_be_rewound_again() -> None:
+    """The token before is no longer in the ring."""
+    case = Case(n_layers=2)
+    with tiered(case) as rig:
+        sequence = rig.new()
+        rig.feed(sequence, random_tokens(case, 50))
+        for i in range(2):
+            rig.block(sequence, random_tokens(case, 1, seed=i))
+        sequence.rewind()
+        assert not sequence.can_rewind()
+        assert not rig.fork(sequence).can_rewind()
+
+
 def test_a_parked_window_is_not_that_of_other_tokens() -> None:
     """A fork is taken, then the parent's last token is replaced: the parked window is as long, but another."""
     case = Case(n_layers=2)
