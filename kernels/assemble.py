@@ -82,7 +82,7 @@ def gather_attended(
 
 ASSEMBLE_TILE = 32
 """Tokens per program of the assembling kernel."""
-ASSEMBLE_HEADS = 2
+ASSEMBLE_HEADS = 1
 """KV heads per program, which share what it reads of the rotary tables."""
 
 

@@ -43,7 +43,7 @@ def decode_config(head_dim: int, itemsize: int) -> DecodeConfig:
         return DecodeConfig(16, 8, 2, 2) if wide else DecodeConfig(32, 8, 2, 2)
     if head_dim <= 64:
         return DecodeConfig(64, 4, 4, 3)
-    return DecodeConfig(32, 4, 3, 2) if wide else DecodeConfig(32, 4, 4, 3)
+    return DecodeConfig(32, 4, 3, 2) if wide else DecodeConfig(64, 8, 3, 1)
 
 
 @dataclass(frozen=True, slots=True)

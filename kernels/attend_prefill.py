@@ -37,7 +37,7 @@ def flash_config(head_dim: int, itemsize: int) -> FlashConfig:
         return FlashConfig(32, 16, 4, 1) if wide else FlashConfig(32, 32, 8, 1)
     if head_dim <= 64:
         return FlashConfig(128, 64, 8, 3)
-    return FlashConfig(64, 32, 8, 2) if wide else FlashConfig(128, 64, 8, 2)
+    return FlashConfig(64, 32, 8, 2) if wide else FlashConfig(64, 32, 4, 3)
 
 
 def flash_triton(

@@ -26,7 +26,7 @@ from kvtier.kernels.quantize import (
     shape_constants,
 )
 
-BESIDE = 8
+BESIDE = 16
 """Programs of a transfer that runs beside compute."""
 ALONE = 64
 """Programs of a transfer that has the device for itself."""
