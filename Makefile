@@ -95,7 +95,7 @@ test-gpu: $(VENV)/.test
 
 test-oldest: $(OLD)/.test
 	@$(OLD)/bin/python -m pytest $(PARALLEL) -m "not slow and not gpu" \
-	    $(wildcard $(foreach kind,integration offload refusals families compat,tests/test_$(kind)*.py)) $(ARGS)
+	    $(wildcard $(foreach kind,integration offload refusals families compat usage bad_input,tests/test_$(kind)*.py)) $(ARGS)
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check .

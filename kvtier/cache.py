@@ -163,8 +163,10 @@ class TieredCache(Cache):
         """
         if rows is None:
             return self._owner._fork(self, select, list(range(self.n_rows)))
-        if self.n_rows != 1 or rows < 1:
-            raise UnsupportedError(f"fork(rows={rows}) of a cache of {self.n_rows} rows: it takes 1 row and makes >= 1")
+        if self.n_rows != 1 or type(rows) is not int or rows < 1:
+            raise UnsupportedError(
+                f"fork(rows={rows!r}) of a cache of {self.n_rows} rows: it takes 1 row and makes >= 1"
+            )
         return self._owner._fork(self, select, [0] * rows)
 
     def row(self, index: int) -> "TieredCache":

@@ -41,8 +41,12 @@ FREQUENCIES = "original_inv_freq"
 
 
 def is_rotary(module: torch.nn.Module) -> bool:
-    """Whether ``module`` makes the cos and sin of a model."""
-    return any(name.endswith(FREQUENCIES) for name, _ in module.named_buffers(recurse=False))
+    """Whether ``module`` makes the cos and sin of a model.
+
+    Before transformers 5.24 the original frequencies of a stretched rope and those in use may be one tensor.
+    """
+    buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+    return any(name.endswith(FREQUENCIES) for name, _ in buffers)
 
 
 def frequencies(rotary: torch.nn.Module, layer_type: str | None) -> tuple[torch.Tensor, float]:
@@ -64,3 +68,13 @@ def layer_type(config: PreTrainedConfig, layer: int) -> str | None:
     """What kind of layer a config says it is, or None where all are alike."""
     kinds: list[str] | None = getattr(config, "layer_types", None)
     return kinds[layer] if kinds else None
+
+
+def is_causal(attention: torch.nn.Module) -> bool:
+    """Whether an attention module lets a token attend to those before it alone."""
+    return bool(getattr(attention, "is_causal", True))
+
+
+def uses_rope(attention: torch.nn.Module) -> bool:
+    """Whether an attention module of SmolLM3 rotates its queries and keys."""
+    return bool(attention.use_rope)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
-from kvtier.compat import frequencies, is_rotary, layer_type, sliding_window
+from kvtier.compat import frequencies, is_causal, is_rotary, layer_type, sliding_window, uses_rope
 from kvtier.rope import deinterleaved, trained_window
 from kvtier.runtime.errors import UnsupportedError
 from kvtier.runtime.model import ModelShape
@@ -47,7 +47,7 @@ FAMILIES = {
     _attention("phi3", "Phi3"): Family("Phi-3", stock_inputs=True, window_in_config=True),
     _attention("olmo2", "Olmo2"): Family("OLMo2"),
     _attention("granite", "Granite"): Family("Granite"),
-    _attention("smollm3", "SmolLM3"): Family("SmolLM3", has_positions=lambda attention: bool(attention.use_rope)),
+    _attention("smollm3", "SmolLM3"): Family("SmolLM3", has_positions=uses_rope),
     _attention("gemma", "Gemma"): Family("Gemma 1"),
     _attention("starcoder2", "Starcoder2"): Family("Starcoder2", window_in_config=True),
     _attention("stablelm", "StableLm"): Family("StableLM"),
@@ -60,7 +60,7 @@ FAMILIES = {
     _attention("glm4", "Glm4"): Family("GLM-4", interleaved=True),
     _attention("cohere", "Cohere"): Family("Cohere", interleaved=True),
     _attention("cohere2", "Cohere2"): Family(
-        "Cohere 2", interleaved=True, has_positions=lambda attention: attention.sliding_window is not None
+        "Cohere 2", interleaved=True, has_positions=lambda attention: sliding_window(attention) is not None
     ),
     _attention("ernie4_5", "Ernie4_5"): Family("Ernie 4.5", interleaved=True),
     _attention("ernie4_5_moe", "Ernie4_5_Moe"): Family("Ernie 4.5 MoE", interleaved=True),
@@ -180,7 +180,7 @@ def _sliding_windows(model: PreTrainedModel, family: Family, attention: dict[str
     trained = trained_window(model.config)
     windows: list[int | None] = []
     for name, module in attention.items():
-        if not getattr(module, "is_causal", True):
+        if not is_causal(module):
             raise UnsupportedError(f"{name} ({type(module).__name__}) is bidirectional: kvtier attends causally")
         window = sliding_window(model.config if family.window_in_config else module)
         windows.append(None if window is None or window >= trained else window)

@@ -22,7 +22,17 @@ REFUSED = {
     "output_hidden_states": "only the last block's hidden states would be returned",
 }
 """Arguments that must be unset (or False), and why."""
-HANDLED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict", "cache_position"}
+HANDLED = {
+    "attention_mask",
+    "position_ids",
+    "use_cache",
+    "logits_to_keep",
+    "return_dict",
+    "cache_position",
+    "tokenizer",
+}
+"""Arguments that are served, or harmless: stock ``generate`` hands on the tokenizer that stop strings need."""
+INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32}
 
 
 def wrap_forward(kv: "Offload", original: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,8 +52,8 @@ def wrap_forward(kv: "Offload", original: Callable[..., Any]) -> Callable[..., A
         mask = check_mask(arguments.get("attention_mask"), cache, ids)
         _check_positions(arguments.get("position_ids"), cache, mask)
         keep = arguments.get("logits_to_keep", 0)
-        if isinstance(keep, torch.Tensor):
-            raise UnsupportedError("logits_to_keep must be a number: a tensor of indices is not supported")
+        if keep is not None and (not isinstance(keep, int) or keep < 0):
+            raise UnsupportedError(f"logits_to_keep must be a number, 0 (all) or more; given: {keep!r}")
         output = kv.feed(cache, ids, mask, logits_to_keep=keep or ids.shape[1])
         return output if arguments.get("return_dict", True) is not False else output.to_tuple()
 
@@ -62,21 +72,22 @@ def check_arguments(arguments: dict[str, Any]) -> None:
 
 
 def check_ids(ids: Any, vocabulary: int) -> torch.Tensor:
-    """Token ids [R, n] with n >= 1 below ``vocabulary``, or an error that says what was given."""
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+    """Token ids [R, n] with n >= 1 below ``vocabulary``, int32 or int64, or an error that says what was given."""
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.dtype not in INTEGERS:
         given = f"a {ids.dtype} tensor of shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else repr(ids)
         raise UnsupportedError(f"input_ids must be an integer tensor [rows, n]; given: {given}")
     if ids.shape[0] == 0:
         raise ValueError("the batch is empty: at least one row is needed")
     if ids.shape[1] == 0:
         raise ValueError("the prompt is empty: at least one token is needed")
-    if ids.shape[1] > 1 or ids.device.type == "cpu":  # a generated token on a GPU is not worth a synchronisation
-        least, most = (int(bound) for bound in torch.aminmax(ids))
+    tokens: torch.Tensor = ids if ids.dtype == torch.int32 else ids.long()  # embeddings take these two
+    if tokens.shape[1] > 1 or tokens.device.type == "cpu":  # a generated token on a GPU is not worth a synchronisation
+        least, most = (int(bound) for bound in torch.aminmax(tokens))
         if least < 0 or most >= vocabulary:
             raise ValueError(
                 f"token id {least if least < 0 else most} is not in the vocabulary (0 .. {vocabulary - 1})"
             )
-    return ids
+    return tokens
 
 
 def check_mask(mask: Any, cache: TieredCache, ids: torch.Tensor) -> torch.Tensor:
@@ -112,7 +123,8 @@ def _check_positions(position_ids: Any, cache: TieredCache, mask: torch.Tensor) 
     if position_ids is None or cache._lane.claimed is not None:
         return
     expected = positions(cache, mask)
-    given = position_ids.cpu().expand_as(expected) if position_ids.shape[-1] == mask.shape[1] else None
+    fits = isinstance(position_ids, torch.Tensor) and position_ids.shape in (expected.shape, expected[:1].shape)
+    given = position_ids.cpu().expand_as(expected) if fits else None
     if given is None or not bool((given == expected)[mask].all()):
         first, last = int(expected[0, 0]), int(expected[0, -1])
         raise UnsupportedError(
@@ -154,8 +166,6 @@ class Feeding:
         self._columns = ids.shape[1]
         self.rows = [row for row in range(ids.shape[0]) if row not in self._lane.ended]
         self.tokens = {row: ids[row, mask[row].to(ids.device)] if self._columns > 1 else ids[row] for row in self.rows}
-        for row, tokens in self.tokens.items():
-            self._lane.pads[row] += self._columns - tokens.numel()
         self._kept: dict[int, list[torch.Tensor]] = {row: [] for row in self.rows}
         self._output: Any = None
 
@@ -172,6 +182,11 @@ class Feeding:
     def last(self) -> None:
         """Feed the last token of every row."""
         self._run(self.rows, torch.stack([self.tokens[row][-1:] for row in self.rows]), 1)
+
+    def count_pads(self) -> None:
+        """All has been fed: transformers counts the pads before it too."""
+        for row, tokens in self.tokens.items():
+            self._lane.pads[row] += self._columns - tokens.numel()
 
     def _run(self, rows: list[int], ids: torch.Tensor, keep: int) -> None:
         ids = ids.to(self._device)
@@ -212,7 +227,7 @@ def run_blocks(feeding: Feeding, geometry: Geometry, on_block: Callable[[int], N
             feeding.block(row, begin, end)
             done += end - begin
             on_block(done)
-    if hold_last:
-        return
-    feeding.last()
-    on_block(done + len(feeding.rows))
+    if not hold_last:
+        feeding.last()
+        on_block(done + len(feeding.rows))
+    feeding.count_pads()

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,10 +66,11 @@ def wrap_generate(kv: "Offload", original: Callable[..., Any]) -> Callable[..., 
             kwargs["num_return_sequences"] = 1
         if call.cache.n_rows > 1:
             stop_at_the_end_of_rows(call.cache, kwargs, setting)
-        kwargs["attention_mask"], kwargs["position_ids"] = call.mask.to(call.ids.device), call.positions()
+        kwargs["attention_mask"] = call.mask.to(call.ids.device)
         kwargs[cache_name(kv.model.forward)] = call.cache
         kwargs["prefill_chunk_size"] = None  # stock chunking feeds a cached prompt twice; blocks are kvtier's own
         with call.claiming():
+            kwargs["position_ids"] = call.positions()
             return original(call.ids, generation_config=generation_config, **kwargs)
 
     return generate
@@ -83,6 +84,8 @@ class Call:
     ids: torch.Tensor
     mask: torch.Tensor
     fed: int
+    again: bool
+    """The cache holds all of it: the last token is fed again."""
 
     def positions(self) -> torch.Tensor:
         """Position of each column's token in its row, [R, n] int64: those fed follow the cached ones."""
@@ -94,12 +97,13 @@ class Call:
     def claiming(self) -> Iterator[None]:
         """While stock ``generate`` runs, the cache says that all columns but the last ``fed`` are cached."""
         lane = self.cache._lane
-        lane.claimed = self.ids.shape[1] - self.fed
-        try:
-            yield
-        finally:
-            lane.claimed = None
-            lane.ended.clear()
+        with self.cache.rewound(self.ids[:, -1:]) if self.again else nullcontext():
+            lane.claimed = self.ids.shape[1] - self.fed
+            try:
+                yield
+            finally:
+                lane.claimed = None
+                lane.ended.clear()
 
     def expanded(self, kv: "Offload", n: int) -> "Call":
         """``n`` rows for each: all but the last token is fed once, then forked."""
@@ -109,7 +113,7 @@ class Call:
         rows = [row for row in range(self.cache.n_rows) for _ in range(n)]
         index = torch.tensor(rows)
         forks = kv._fork(self.cache, None, rows)
-        return Call(forks, self.ids[index.to(self.ids.device)], self.mask[index], 1)
+        return Call(forks, self.ids[index.to(self.ids.device)], self.mask[index], 1, self.again)
 
 
 def prepare(kv: "Offload", inputs: Any, kwargs: dict[str, Any], setting: Callable[[str], Any]) -> Call:
@@ -130,14 +134,15 @@ def prepare(kv: "Offload", inputs: Any, kwargs: dict[str, Any], setting: Callabl
         check_padding(ids, setting("pad_token_id"), setting("eos_token_id"))
     if kwargs.pop("position_ids", None) is not None:
         raise UnsupportedError("position_ids: kvtier gives positions of its own to what is attended")
-    return Call(cache, ids, mask, n_new(cache, ids, mask))
+    n = n_new(cache, ids, mask)
+    return Call(cache, ids, mask, max(n, 1), again=not n)
 
 
 def n_new(cache: "TieredCache", ids: torch.Tensor, mask: torch.Tensor) -> int:
-    """How many of the last columns of ``ids`` [R, n] the cache lacks."""
+    """How many of the last columns of ``ids`` [R, n] the cache lacks; 0: it holds exactly these."""
     n = ids.shape[1]
     cached = [torch.from_numpy(sequence.tokens.array()) for sequence in cache._lane.sequences]
-    if not all(c.numel() for c in cached):
+    if not any(c.numel() for c in cached):
         return n
     rows = ids.cpu()
     tokens = [row[real] for row, real in zip(rows, mask, strict=True)]
@@ -149,9 +154,6 @@ def n_new(cache: "TieredCache", ids: torch.Tensor, mask: torch.Tensor) -> int:
             f"the rows begin with what is cached and go on with different numbers of tokens ({sorted(lacking)}): pass "
             "only the new tokens, padded on the left, with their attention_mask"
         )
-    if lacking == {0}:
-        cache.rewind()
-        return 1
     return lacking.pop()
 
 

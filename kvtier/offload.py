@@ -54,6 +54,14 @@ def offload(model: Any, config: ConfigSource = None) -> "Offload":
     return Offload(model, config)
 
 
+def _as_tensor(ids: Sequence[int]) -> torch.Tensor:
+    """A list of token ids as a tensor; raises UnsupportedError for anything else."""
+    try:
+        return torch.as_tensor(ids) if len(ids) else torch.empty(0, dtype=torch.int64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UnsupportedError(f"prefill takes token ids, a tensor or a list of integers, not {ids!r:.80}") from error
+
+
 @contextmanager
 def recording_off() -> Iterator[None]:
     """Neither gradients nor inference tensors: what is allocated here is written to later, in any mode."""
@@ -140,8 +148,8 @@ class Offload:
         ``rows`` : sequences of the batch
         """
         self._check_open()
-        if rows < 1:
-            raise ValueError(f"a cache has at least one row, not {rows}")
+        if type(rows) is not int or rows < 1:
+            raise ValueError(f"a cache has at least one row, not {rows!r}")
         return self._wrap([self._runtime.engine.new_sequence(self.geometry.select) for _ in range(rows)])
 
     def prefill(
@@ -162,7 +170,7 @@ class Offload:
         progress : show a progress bar on stderr; None shows it on a terminal only
         """
         if not isinstance(ids, torch.Tensor):
-            ids = torch.as_tensor(ids) if len(ids) else torch.empty(0, dtype=torch.int64)
+            ids = _as_tensor(ids)
         tokens = self.check_ids(ids[None] if ids.ndim == 1 else ids)
         cache = self.new_cache(tokens.shape[0])
         if select is not None:
@@ -254,8 +262,8 @@ class Offload:
         self._check_open()
         self._reap()
         most = self.geometry.select
-        if select is not None and not 0 <= select <= most:
-            raise ValueError(f"select must be 0 .. {most} ([attention] select), not {select}")
+        if select is not None and (type(select) is not int or not 0 <= select <= most):
+            raise ValueError(f"select must be 0 .. {most} ([attention] select), not {select!r}")
         lane, forks = cache._lane, []
         with recording_off():
             try:

@@ -88,7 +88,7 @@ def test_tensors_live_where_they_should(model):
         assert all(slab.is_pinned() for slab in residency.host.slabs)
         assert all(t.is_cuda for codes in layer.codes.slabs(layer.retired) for t in codes.values())
         assert all(t.is_cuda for t in layer.fitted.state)
-        assert not fork._lane.sequences[0].parked.tokens.is_cuda
+        assert not fork._lane.sequences[0].parked.full.tokens.is_cuda
         assert fork._lane.sequences[0].parked is cache._lane.sequences[0].parked
 
 

@@ -386,6 +386,28 @@ def test_bad_ids_of_a_prefill(model, case):
         kv.prefill(ids)
 
 
+@pytest.mark.parametrize("ids", ["abc", None, 5, {"input_ids": [1]}, ["x"]], ids=str)
+def test_a_prefill_of_something_else(model, ids):
+    with (
+        kvtier.offload(model, settings()) as kv,
+        idle(model),
+        refused(Unsupported, "prefill takes token ids, a tensor"),
+    ):
+        kv.prefill(ids)
+
+
+@pytest.mark.parametrize("wrong", ["x", 1.5, True], ids=str)
+def test_numbers_that_are_none(model, wrong):
+    with kvtier.offload(model, settings()) as kv:
+        cache = kv.prefill(BOOK)
+        with refused(ValueError, r"select must be 0 .. \d+ \(\[attention\] select\), not"):
+            cache.fork(select=wrong)
+        with refused(Unsupported, r"it takes 1 row, makes >= 1"):
+            cache.fork(rows=wrong)
+        with refused(ValueError, "a cache has at least one row, not"):
+            kv.new_cache(wrong)
+
+
 @pytest.mark.parametrize("call", ["generate", "forward"])
 def test_a_batch_on_a_cache_of_one_row(model, answer, call):
     message = r"input_ids has 2 rows, the cache 1: use kv.new_cache\(rows=2\), or fork\(rows=2\)"
