@@ -402,7 +402,7 @@ def test_numbers_that_are_none(model, wrong):
         cache = kv.prefill(BOOK)
         with refused(ValueError, r"select must be 0 .. \d+ \(\[attention\] select\), not"):
             cache.fork(select=wrong)
-        with refused(Unsupported, r"it takes 1 row, makes >= 1"):
+        with refused(Unsupported, r"it takes 1 row and makes >= 1"):
             cache.fork(rows=wrong)
         with refused(ValueError, "a cache has at least one row, not"):
             kv.new_cache(wrong)
