@@ -3,7 +3,6 @@
 import contextlib
 import functools
 
-import numpy as np
 import torch
 from models import PAD, settings, tiny_config, tiny_llama
 from tokenizers import Tokenizer
@@ -205,8 +204,3 @@ def fed_blocks(kv):
 def chosen(kv):
     """Largest number of chunks that the last block attended to in any layer."""
     return max((c.shape[1] for c in kv._runtime.engine.last_chosen if c is not None), default=0)
-
-
-def same(a, b):
-    """Whether two lists of rows hold the same tokens."""
-    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
