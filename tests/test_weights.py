@@ -1,6 +1,7 @@
 """Weights in 8 and 4 bit (torchao, bitsandbytes): they load, run and give what stock transformers gives with them.
 
-On demand (``-m gpu``), with the packages installed: pip install torchao bitsandbytes. Without a GPU it runs on the CPU.
+On demand (``-m gpu``), with the packages installed: pip install torchao bitsandbytes (compiled by pip: torchao's source
+raises a SyntaxWarning under Python 3.12 when it is compiled at import). Without a GPU it runs on the CPU.
 """
 
 import pytest
