@@ -4,7 +4,6 @@ The shape is Llama-3.2-3B's: 24/8 heads of 128, bf16. Every figure is GPU time f
 through several sets of inputs, more than the 50 MB of L2 together.
 """
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.timing import microseconds
 from kvtier.kernels.assemble import Sources, assemble_triton, gather_attended, ring_offsets
 from kvtier.kernels.attend import Logits, rotate
 from kvtier.kernels.attend_decode import DecodeConfig, DecodeWorkspace, attend_decode_triton
@@ -68,29 +68,6 @@ def make_inputs(block: int, seed: int) -> Inputs:
     turned_q = rotate(q, cos[-block:], sin[-block:]).contiguous()
     keys = rotate(keys, cos, sin)
     return Inputs(sources, cos, sin, q, (new[0], new[1]), turned_q, keys.contiguous(), values.contiguous())
-
-
-def microseconds(calls: list[Callable[[], Any]], rounds: int = 4, replays: int = 15) -> float:
-    """Median GPU time of one of ``calls``, which a graph runs one after the other, ``rounds`` times over."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(rounds):
-            for call in calls:
-                call()
-    times = []
-    for _ in range(replays):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1000 / (rounds * len(calls)))
-    return statistics.median(times[3:])
 
 
 def bytes_per_second() -> float:

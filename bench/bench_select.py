@@ -5,14 +5,13 @@ figure is GPU time from replays of a CUDA graph that cycles through sets of inpu
 """
 
 import functools
-import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
+from bench.timing import microseconds
 from kvtier.kernels.select import (
     SelectConfig,
     SelectWorkspace,
@@ -83,29 +82,6 @@ def nbytes(case: str) -> int:
     """What has to be read: the summaries, once (a prefill's second pass counts against it)."""
     kind, chunks, _, _ = CASES[case]
     return HEADS * chunks * (2 * DIM if kind == "mean" else CHUNK * RANK * BITS // 8 + 2 * RANK)
-
-
-def microseconds(calls: list[Callable[[], Any]], rounds: int = 4, replays: int = 15) -> float:
-    """Median GPU time of one of ``calls``, which a graph runs one after the other, ``rounds`` times over."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(rounds):
-            for call in calls:
-                call()
-    times = []
-    for _ in range(replays):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times) * 1e3 / (rounds * len(calls))
 
 
 @functools.cache

@@ -1,8 +1,7 @@
 """What a chunk leaves on the device: a sketch, or one or two vectors (mean, box, cuboid).
 
-A sketch is a few low-precision numbers per key, in a basis of the layer's own keys. Why it is the default and not one
-or two vectors per chunk: at equal bytes, chunk means and boxes miss the needle that low-rank token codes find
-(shared notes, summaries.md: 6 of 6 needles at 16K against 1 of 6 for means).
+A sketch is a few low-precision numbers per key, in a basis fitted to the layer (``kernels.basis``). Why it is the
+default and not one or two vectors per chunk: docs/summaries.md.
 
 The twins in Triton read the keys where they lie, in the window's ring or in a tensor of their own, and write into the
 slabs that a table on the device names: one launch for all rows, even of all layers. Minima, maxima and centres have
@@ -19,35 +18,6 @@ from kvtier.kernels.backend import jit, tl
 from kvtier.kernels.quantize import next_power_of_2, pack, packed_size, quantize, round_even
 
 
-def fit_basis(keys: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and principal directions of one layer's keys, per KV head.
-
-    The eigen-decomposition runs in float32 on the CPU, whatever the device: it is small, happens once per layer and
-    sequence, and one implementation gives one basis. Sign: the largest component of each direction is positive.
-
-    Parameters
-    ----------
-    keys : Tensor [N, n, D]
-        The un-rotated keys then held after the sinks.
-    rank : int
-        Directions kept, at most D.
-
-    Returns
-    -------
-    mean : Tensor [N, D], float32
-    basis : Tensor [N, D, rank], float32, orthonormal columns, largest variance first
-    """
-    x = keys.float()
-    mean = x.mean(dim=1)
-    x = x - mean[:, None]
-    covariance = (x.transpose(1, 2) @ x / keys.shape[1]).cpu()
-    _, vectors = torch.linalg.eigh(covariance)
-    basis = vectors.flip(-1)[..., :rank]
-    largest = basis.abs().argmax(dim=1, keepdim=True)
-    basis = basis * basis.gather(1, largest).sign()
-    return mean, basis.contiguous().to(keys.device)
-
-
 def encode_sketch(
     keys: torch.Tensor, mean: torch.Tensor, basis: torch.Tensor, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,7 +26,7 @@ def encode_sketch(
     Parameters
     ----------
     keys : Tensor [N, m, C, D]
-    mean, basis : as ``fit_basis`` returns them
+    mean, basis : ``mean`` and ``to`` of ``kernels.basis.fit_basis``
     bits : 2, 4 or 8
 
     Returns

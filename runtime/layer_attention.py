@@ -4,6 +4,7 @@ Two ways that give the same: torch, which copies the set into a scratch buffer, 
 ring and pool in place (decode) or lay the set out turned (prefill).
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -127,7 +128,15 @@ class TritonAttention(LayerAttention):
 
 
 def make_attention(shape: ModelShape, geometry: Geometry, rotary_dims: set[int]) -> LayerAttention:
-    """Triton's where it runs, torch's elsewhere. ``rotary_dims``: of the layers' rotary tables."""
+    """Triton's on CUDA devices, torch's elsewhere and, with a warning, where Triton's cannot run.
+
+    ``rotary_dims`` : of the layers' rotary tables
+    """
+    if shape.device.type != "cuda":
+        return TorchAttention(shape, geometry)
     fits = shape.head_dim % 16 == 0 and all(dim % 2 == 0 for dim in rotary_dims)
-    probe = torch.empty(0, device=shape.device)
-    return TritonAttention(shape, geometry) if runs_triton(probe) and fits else TorchAttention(shape, geometry)
+    if fits and runs_triton(torch.empty(0, device=shape.device)):
+        return TritonAttention(shape, geometry)
+    why = "Triton is not installed" if fits else f"head_dim {shape.head_dim} is not a multiple of 16"
+    warnings.warn(f"attention runs in torch, more slowly than in Triton: {why}", stacklevel=2)
+    return TorchAttention(shape, geometry)

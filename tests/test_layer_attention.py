@@ -1,5 +1,7 @@
 """Triton's attention of a layer beside torch's, in the whole engine: the interpreter runs it where there is no GPU."""
 
+import dataclasses
+
 import pytest
 import torch
 from engines import Case, make_geometry, random_tokens, tiered
@@ -7,6 +9,7 @@ from interpreter import repair
 
 from kvtier.kernels.attend import Logits
 from kvtier.kernels.backend import triton
+from kvtier.runtime import layer_attention
 from kvtier.runtime.layer_attention import TorchAttention, TritonAttention, make_attention
 
 pytestmark = pytest.mark.skipif(triton is None or torch.cuda.is_available(), reason="needs Triton's interpreter")
@@ -50,6 +53,17 @@ def test_triton_gives_what_torch_gives(name):
     kind, logits = CASES[name]
     case = kind(make_geometry(sink=3, local=6, chunk=4, select=2, block=8), n_layers=2, head_dim=16)
     torch.testing.assert_close(outputs(case, True, logits), outputs(case, False, logits), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("head_dim", "why"), [(8, "head_dim 8 is not a multiple of 16"), (16, "not installed")])
+def test_torch_on_cuda_says_why(monkeypatch, head_dim, why):
+    monkeypatch.setattr(layer_attention, "TorchAttention", lambda shape, geometry: "torch")
+    monkeypatch.setattr(layer_attention, "runs_triton", lambda x: False)
+    monkeypatch.setattr(layer_attention.torch, "empty", lambda *size, device: None)
+    case = Case(head_dim=head_dim)
+    shape = dataclasses.replace(case.shape, device=torch.device("cuda"))
+    with pytest.warns(UserWarning, match=f"attention runs in torch, more slowly than in Triton: .*{why}"):
+        assert make_attention(shape, case.geometry, {head_dim}) == "torch"
 
 
 def test_without_a_gpu_torch_is_chosen():
