@@ -149,7 +149,9 @@ def _tier_report(budget: Budget, tier: Tier | None) -> dict[str, Any]:
 def build_runtime(config: Config, anatomy: Anatomy, model_config: PreTrainedConfig) -> Runtime:
     """Check everything that can be checked before anything is allocated."""
     if config.store.mode == "durable":
-        raise UnsupportedError('[store] mode = "durable" is not supported yet: use "spill", and cache.save(path) to keep a cache')
+        raise UnsupportedError(
+            '[store] mode = "durable" is not supported yet: use "spill", and cache.save(path) to keep a cache'
+        )
     if config.store.dtype != "auto":
         raise UnsupportedError(f'[store] dtype = "{config.store.dtype}" is not supported yet: use "auto"')
     if not anatomy.shape.full_layers:

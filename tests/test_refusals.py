@@ -611,7 +611,7 @@ def test_a_file_that_is_no_toml(model, tmp_path):
 
 
 def test_a_durable_store(model, tmp_path):
-    message = r'\[store\] mode = "durable" is not supported yet \(sessions\): use "spill"'
+    message = r'\[store\] mode = "durable" is not supported yet: use "spill", and cache.save\(path\)'
     with refused(Unsupported, message):
         kvtier.offload(model, settings(store={"path": str(tmp_path / "store"), "mode": "durable"}))
     assert not (tmp_path / "store").exists()
