@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from kvtier.kernels.basis import fit_basis
 from kvtier.kernels.gather import ALONE, BESIDE, HostSlots, fetch_chunks_triton, store_chunks_triton
 from kvtier.kernels.quantize import dequantize_chunks, quantize_chunks_triton, record_bytes
-from kvtier.kernels.summarize import Keys, Slabs, encode_sketch, encode_sketch_triton, fit_basis
+from kvtier.kernels.summarize import Keys, Slabs, encode_sketch, encode_sketch_triton
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -238,7 +239,8 @@ def sketch_call(layers: int, heads: int, m: int) -> tuple[Call, Call, int]:
     """Sketches of ``m`` chunks of every layer and head: our launch, torch's, and the bytes to move."""
     rows, rank, per_slab = layers * heads, 16, 128
     ring = torch.randn(rows, 32 + 3104 + 1024, DIM, dtype=DTYPE, device="cuda")
-    mean, basis = fit_basis(ring[:, :256], rank)
+    every_way = torch.eye(DIM, device="cuda").expand(rows, -1, -1)
+    mean, basis, _ = fit_basis(ring[:, :256], every_way, rank)
     codes = torch.empty(layers, heads, per_slab, CHUNK, rank // 2, dtype=torch.uint8, device="cuda")
     scales = torch.empty(layers, heads, per_slab, rank, dtype=torch.bfloat16, device="cuda")
     tables = tuple(torch.tensor([[t.data_ptr()] for t in x], device="cuda") for x in (codes, scales))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvtier.kernels import select as kernel
 from kvtier.kernels.backend import INTERPRETED
+from kvtier.kernels.basis import fit_basis
 from kvtier.kernels.select import (
     GROUP,
     SelectConfig,
@@ -26,7 +27,7 @@ from kvtier.kernels.select import (
     sketch_scores,
     top_chunks,
 )
-from kvtier.kernels.summarize import encode_cuboid, encode_mean, encode_minmax, encode_sketch, fit_basis
+from kvtier.kernels.summarize import encode_cuboid, encode_mean, encode_minmax, encode_sketch
 
 triton = pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,9 +73,9 @@ def problem(kind, n, rows, dim, chunks, *, rank=16, bits=4, chunk=8, dtype=torch
     if kind != "sketch":
         tensors = ENCODE[kind](keys)
         return q, tensors, {}, SCORES[kind](q.double(), *(Doubled(x) for x in tensors))
-    mean, basis = fit_basis(keys.flatten(1, 2), rank)
-    codes, scale = encode_sketch(keys, mean, basis, bits)
-    return q, (codes, scale), {"bits": bits, "basis": basis}, double_sketch(q, codes, scale, mean, basis, bits)
+    mean, to, back = fit_basis(keys.flatten(1, 2), q.mT @ q, rank)
+    codes, scale = encode_sketch(keys, mean, to, bits)
+    return q, (codes, scale), {"bits": bits, "basis": back}, double_sketch(q, codes, scale, mean, back, bits)
 
 
 class Doubled:
