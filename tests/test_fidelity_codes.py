@@ -13,7 +13,7 @@ from bench.fidelity.quantisers import ChunkScale, Levels, Product, Truncated
 # -- bases -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["none", "random", "keys", "queries", "spread"])
+@pytest.mark.parametrize("kind", ["none", "random", "keys", "queries", "spread", "far"])
 @pytest.mark.parametrize("centred", [True, False])
 def test_a_basis_loses_nothing(kind, centred):
     fit, keys, q, outer = draw()

@@ -20,7 +20,7 @@ from kvtier.kernels.select import top_chunks
 
 FILE = Path(__file__).parent / "data" / "fidelity_smollm2.safetensors"
 MARGIN = 0.01
-MEASURED = {"prefill": 0.8889, "tail": 0.8565, "decode": 0.6985}
+MEASURED = {"prefill": 0.8364, "tail": 0.8009, "decode": 0.6759}
 """Recall of the default, on 3 prefill blocks, 2 questions and 16 decode steps, mean of the four heads."""
 
 
@@ -67,8 +67,12 @@ def test_the_default_s_recall(default, phase):
 @pytest.mark.parametrize("phase", MEASURED)
 @pytest.mark.parametrize("other", ["mean", "minmax", "cuboid", "keys"])
 def test_the_default_beats_the_rest(excerpt, default, others, other, phase):
-    """In decode 0.54 (mean), 0.49 (minmax, cuboid) and 0.55 (the keys' basis, at equal bytes) were measured."""
-    assert default[1][phase] > others[other][phase] + 0.1
+    """In decode 0.54 (mean), 0.49 (minmax, cuboid) and 0.55 (the keys' basis, at equal bytes) were measured.
+
+    The least lead is that over the mean in prefill, 0.07. The queries' basis chooses more of the exact chunks than the
+    default (0.89, 0.86, 0.70), and finds fewer needles: docs/summaries.md.
+    """
+    assert default[1][phase] > others[other][phase] + 0.05
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from kvtier.runtime.summary import make_summary
 
 
 def test_chunk_scale_is_the_shipped_sketch():
-    """In the queries' basis, up to the sign of directions: the scores of ``[summary] kind = "sketch"``."""
+    """In the basis that ships, up to the sign of directions: the scores of ``[summary] kind = "sketch"``."""
     fit, keys, q, outer = draw()
     outer = outer / torch.linalg.eigvalsh(outer)[:, -1:, None]  # the sketch does so: scales round alike
-    ours, ship = Coded("queries", ChunkScale(8, 4)), Shipped("sketch", dtype=torch.float32, rank=8, bits=4)
+    ours, ship = Coded("far", ChunkScale(8, 4)), Shipped("sketch", dtype=torch.float32, rank=8, bits=4)
     for variant in (ours, ship):
         variant.fit(fit, outer)
         variant.encode(keys)

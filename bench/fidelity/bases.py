@@ -36,6 +36,7 @@ def fit_basis(kind: str, keys: torch.Tensor, q_outer: torch.Tensor, *, centred: 
     """Fit a basis to ``keys`` [N, n, D] and the queries' second moment ``q_outer`` [N, D, D], both float32.
 
     kind : "keys": principal directions of the keys (what the first sketch shipped with)
+           "far": what ships (kernels.basis): of y = C_q^(1/4) (k - mean), each key with weight |y|^4
            "queries": principal directions of C_q^(1/2) (k - mean): the mean squared error of q.k is least
            "spread": "queries", then a random rotation of the leading 16 coordinates that levels their variances
            "random": a random rotation
@@ -48,6 +49,12 @@ def fit_basis(kind: str, keys: torch.Tensor, q_outer: torch.Tensor, *, centred: 
     if kind == "keys":
         to = torch.linalg.eigh(covariance)[1].flip(-1)
         back = to.transpose(1, 2)
+    elif kind == "far":
+        root, inverse = _roots(q_outer.double().cpu(), 0.25)
+        y = x.double() @ root.to(x.device)
+        y = y * y.pow(2).sum(dim=2, keepdim=True)
+        vectors = torch.linalg.eigh((y.transpose(1, 2) @ y).cpu())[1].flip(-1)
+        to, back = root @ vectors, vectors.transpose(1, 2) @ inverse
     elif kind in ("queries", "spread"):
         root, inverse = _roots(q_outer.double().cpu())
         vectors = torch.linalg.eigh(root @ covariance @ root)[1].flip(-1)
@@ -64,10 +71,10 @@ def fit_basis(kind: str, keys: torch.Tensor, q_outer: torch.Tensor, *, centred: 
     return Basis(mean, to, back, (x @ to).pow(2).mean(dim=1))
 
 
-def _roots(outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric square root of ``outer`` [N, D, D] and its inverse."""
+def _roots(outer: torch.Tensor, power: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
+    """``outer`` [N, D, D] to a power, by default its square root, and the inverse."""
     values, vectors = torch.linalg.eigh(outer)
-    values = torch.maximum(values, values[:, -1:] * FLOOR).sqrt()
+    values = torch.maximum(values, values[:, -1:] * FLOOR) ** power
     return (vectors * values[:, None]) @ vectors.mT, (vectors / values[:, None]) @ vectors.mT
 
 

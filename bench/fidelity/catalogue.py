@@ -15,7 +15,7 @@ REPORTED = (
 
 def bases() -> list[Variant]:
     """What the coordinates are, at one and the same quantiser."""
-    kinds = ("none", "random", "keys", "queries", "spread")
+    kinds = ("none", "random", "keys", "queries", "spread", "far")
     coded: list[Variant] = [Coded(kind, ChunkScale(16, 4)) for kind in kinds]
     coded += [Coded(kind, ChunkScale(16, 4), centred=False) for kind in ("keys", "queries")]
     coded += [Coded(kind, Truncated(rank)) for kind in ("keys", "queries") for rank in (8, 16, 32)]
