@@ -48,6 +48,9 @@ class SlabList:
         self._slabs: list[Slab] = []
         self._length = 0
         self._tail_is_shared = False
+        self._tables: list[torch.Tensor] = []
+        self._listed: list[int] = []
+        """The slabs in the tables."""
 
     def __len__(self) -> int:
         return self._length
@@ -87,8 +90,25 @@ class SlabList:
             self._length += take
             done += take
 
+    def tables(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each tensor of the layout: the slabs' addresses, int64 [1, room] on the device, and any of them."""
+        slabs = self._slabs
+        if self._listed != [id(slab) for slab in slabs]:
+            room = max(64, 1 << (len(slabs) - 1).bit_length())
+            addresses = [[slab.tensors[name].data_ptr() for slab in slabs] for name in self._layout]
+            padded = [row + [0] * (room - len(row)) for row in addresses]
+            self._tables = list(torch.tensor(padded, dtype=torch.int64, device=self._device)[:, None].unbind())
+            self._listed = [id(slab) for slab in slabs]
+        return [(table, slabs[0].tensors[name]) for table, name in zip(self._tables, self._layout, strict=True)]
+
     def slabs(self, length: int) -> Iterator[Codes]:
         """The first ``length`` chunks, slab by slab: views [N, up to SLAB_CHUNKS, ...]."""
         for begin in range(0, length, SLAB_CHUNKS):
             used = min(SLAB_CHUNKS, length - begin)
             yield {name: t[:, :used] for name, t in self._slabs[begin // SLAB_CHUNKS].tensors.items()}
+
+    def part(self, begin: int, end: int) -> Codes:
+        """The chunks begin..end, copied: tensors [N, end - begin, ...] by name."""
+        slabs = list(self.slabs(end))[begin // SLAB_CHUNKS :]
+        skip = begin - begin // SLAB_CHUNKS * SLAB_CHUNKS
+        return {name: torch.cat([slab[name] for slab in slabs], dim=1)[:, skip:] for name in self._layout}

@@ -31,6 +31,8 @@ KINDS = {
 class Summary(ABC):
     """One kind of key summary. Stateless: what it fits to a layer is handed back and passed in again."""
 
+    kernel_kind: str
+    """What ``kernels.select`` calls it, "exact" for what it has no kernel for."""
     needs_queries = False
     """Whether ``fit`` looks at the queries."""
 

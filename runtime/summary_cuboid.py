@@ -17,6 +17,8 @@ class CuboidSummary(Summary):
     un-rotated. Two vectors in the model's dtype per chunk; ``[summary] rank`` and ``bits`` are ignored.
     """
 
+    kernel_kind = "cuboid"
+
     def layout(self) -> Layout:
         return {"centre": ((self.head_dim,), self.dtype), "deviation": ((self.head_dim,), self.dtype)}
 

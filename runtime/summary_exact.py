@@ -9,6 +9,8 @@ from kvtier.runtime.summary import Codes, Layout, State, Summary
 class ExactSummary(Summary):
     """score = max over the chunk's tokens of q.k (ReAttention's criterion, arXiv 2407.15176, at chunk granularity)."""
 
+    kernel_kind = "exact"
+
     def layout(self) -> Layout:
         return {"keys": ((self.chunk, self.head_dim), self.dtype)}
 

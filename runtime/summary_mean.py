@@ -14,6 +14,8 @@ class MeanSummary(Summary):
     are un-rotated. One vector in the model's dtype per chunk; ``[summary] rank`` and ``bits`` are ignored.
     """
 
+    kernel_kind = "mean"
+
     def layout(self) -> Layout:
         return {"mean": ((self.head_dim,), self.dtype)}
 

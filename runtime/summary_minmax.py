@@ -17,6 +17,8 @@ class MinMaxSummary(Summary):
     vectors in the model's dtype per chunk; ``[summary] rank`` and ``bits`` are ignored.
     """
 
+    kernel_kind = "minmax"
+
     def layout(self) -> Layout:
         return {"low": ((self.head_dim,), self.dtype), "high": ((self.head_dim,), self.dtype)}
 

@@ -18,6 +18,7 @@ class SketchSummary(Summary):
     9 bytes per token and KV head.
     """
 
+    kernel_kind = "sketch"
     needs_queries = True
 
     def __init__(self, *, chunk: int, head_dim: int, dtype: torch.dtype, rank: int, bits: int) -> None:

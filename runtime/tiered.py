@@ -3,7 +3,7 @@
 ``attend`` is called once per layer and block:
 
 1. chunks that have left the window are summarised (``summary``) and admitted to the lower tiers (``residency``);
-2. the block's queries weigh the summaries and choose chunks (``kernels.select``);
+2. the block's queries weigh the summaries and choose chunks (``layer_selection``);
 3. the chosen chunks are fetched into the device pool (``residency``);
 4. the block's own K and V go into the ring (``window``); [sinks | chosen chunks | window] is attended with positions
    0..n-1 (``layer_attention``).
@@ -15,20 +15,17 @@ import numpy as np
 import torch
 
 from kvtier.kernels.attend import Logits
-from kvtier.kernels.select import chunk_weights, top_chunks
 from kvtier.runtime.budget import Budget
 from kvtier.runtime.engine import Engine
 from kvtier.runtime.geometry import Geometry
 from kvtier.runtime.layer_attention import Attended, make_attention
+from kvtier.runtime.layer_selection import make_selection
 from kvtier.runtime.model import ModelShape, Rotary
 from kvtier.runtime.residency import Residency
 from kvtier.runtime.seats import Seats
 from kvtier.runtime.sequence import Fitted, LayerChunks, QueryMoment, TieredSequence
 from kvtier.runtime.summary import Summary
 from kvtier.runtime.window import WindowRing, Windows
-
-SCORE_BYTES = 64 << 20
-"""Scores [N, queries, chunks] are weighed in pieces of at most this size."""
 
 
 class TieredEngine(Engine[TieredSequence]):
@@ -47,9 +44,10 @@ class TieredEngine(Engine[TieredSequence]):
         super().__init__(shape, geometry, rotary)
         self.residency = residency
         self._gpu = gpu
-        self._summary = summary
+        self.summary = summary
         self._seats = Seats(shape, geometry, residency, gpu, host)
         self._attention = make_attention(shape, geometry, {table.cos.shape[-1] for table in rotary})
+        self._selection = make_selection(summary, shape.device, gpu)
         self.last_chosen: list[torch.Tensor | None] = [None] * shape.n_layers
         """Per layer, the chunks [N, n] that the last block attended to (None before any could be selected)."""
 
@@ -58,12 +56,12 @@ class TieredEngine(Engine[TieredSequence]):
     def new_sequence(self, select: int) -> TieredSequence:
         """An empty sequence."""
         return TieredSequence.empty(
-            self.shape.n_layers, self.shape.n_kv_heads, self._summary.layout(), self._gpu, self.shape.device, select
+            self.shape.n_layers, self.shape.n_kv_heads, self.summary.layout(), self._gpu, self.shape.device, select
         )
 
     def fork(self, sequence: TieredSequence, select: int) -> TieredSequence:
         """A sequence that shares the past of another; its window is parked on the host and shared until either runs."""
-        self._seats.park(sequence)
+        self.park(sequence)
         fork = sequence.fork(select)
         for layer in sequence.layers:
             self.residency.share(layer.ids.ravel())
@@ -79,6 +77,15 @@ class TieredEngine(Engine[TieredSequence]):
             self.residency.release(layer.ids.ravel())
         sequence.layers = []
         sequence.parked = None
+
+    @property
+    def window_bytes(self) -> int:
+        """Most bytes of the windows of one sequence."""
+        return Windows.bytes_needed(self.shape, self.geometry)
+
+    def park(self, sequence: TieredSequence) -> None:
+        """Have an up-to-date copy of the windows on the host. Raises BudgetError."""
+        self._seats.park(sequence)
 
     def activate(self, sequences: list[TieredSequence]) -> None:
         """Seat ``sequences``; others are parked on the host where seats are short. Raises BudgetError."""
@@ -97,9 +104,9 @@ class TieredEngine(Engine[TieredSequence]):
             return self._attention.attend(q, k, v, to, self.rotary[layer], logits)
         ring, place = windows.full, windows.place[layer]
         chunks = sequence.layers[layer]
-        if self._summary.needs_queries and chunks.fitted is None:
+        if self.summary.needs_queries and chunks.fitted is None:
             self._observe(chunks, layer, start, q)
-        self._retire(chunks, ring, place, start)
+        self._retire(sequence, layer, ring, place)
         chosen = self._choose(chunks, layer, q, start, sequence.select, logits.scaling)
         self.last_chosen[layer] = chosen
         g = self.geometry
@@ -123,8 +130,9 @@ class TieredEngine(Engine[TieredSequence]):
             chunks.queries = QueryMoment(n_kv, dim, self.shape.device, self._gpu)
         chunks.queries.add(start, self.rotary[layer].unplaced(q.float()).reshape(n_kv, -1, dim))
 
-    def _retire(self, chunks: LayerChunks, ring: WindowRing, place: int, start: int) -> None:
-        """Summarise and store the chunks that the block at ``start`` can select and the last one could not."""
+    def _retire(self, sequence: TieredSequence, layer: int, ring: WindowRing, place: int) -> None:
+        """Summarise and store the chunks that the block that begins can select and the last one could not."""
+        chunks, start = sequence.layers[layer], sequence.length
         first, last = chunks.retired, self.geometry.selectable(start)
         if last <= first:
             return
@@ -132,14 +140,18 @@ class TieredEngine(Engine[TieredSequence]):
         begin, end = g.sink + first * g.chunk, g.sink + last * g.chunk
         if chunks.fitted is None:
             queries = None if chunks.queries is None else chunks.queries.before(start)
-            chunks.fitted = Fitted(self._summary.fit(ring.tokens(place, g.sink, start)[0], queries), self._gpu)
+            chunks.fitted = Fitted(self.summary.fit(ring.tokens(place, g.sink, start)[0], queries), self._gpu)
             chunks.queries = None
         kv = ring.tokens(place, begin, end).unflatten(2, (last - first, g.chunk))  # [2, N, m, C, D]
         chunks.codes.reserve(last - first)
-        records = kv.permute(1, 2, 0, 3, 4).reshape(-1, 2, g.chunk, self.shape.head_dim)  # [N*m, 2, C, D]
-        ids = self.residency.admit(records)
-        chunks.codes.append(self._summary.encode(chunks.fitted.state, kv[0]))
-        chunks.ids = np.concatenate([chunks.ids, ids.reshape(n_kv, -1)], axis=1)
+        items = self.residency.pack(
+            kv.permute(1, 2, 0, 3, 4).reshape(-1, 2, g.chunk, self.shape.head_dim)
+        )  # [N*m, ...]
+        ids = self.residency.admit(items).reshape(n_kv, -1)
+        chunks.codes.append(self.summary.encode(chunks.fitted.state, kv[0]))
+        chunks.ids = np.concatenate([chunks.ids, ids], axis=1)
+        if sequence.recorder is not None:
+            sequence.recorder.add(place, first, ids, items)
 
     def _choose(
         self, chunks: LayerChunks, layer: int, q: torch.Tensor, start: int, select: int, scaling: float
@@ -152,17 +164,7 @@ class TieredEngine(Engine[TieredSequence]):
             return torch.arange(n_chunks, device=q.device).expand(self.shape.n_kv_heads, -1)
         choosing = self.rotary[layer].unplaced(q[:, self.geometry.choosing(q.shape[1])].float()) * scaling
         rows = choosing.reshape(self.shape.n_kv_heads, -1, self.shape.head_dim)  # [N, group*Q, D]
-        return top_chunks(self._weigh(chunks, rows, n_chunks), select)
-
-    def _weigh(self, chunks: LayerChunks, rows: torch.Tensor, n_chunks: int) -> torch.Tensor:
-        """Weights [N, n_chunks] float32 of all selectable chunks for the query ``rows`` [N, R, D]."""
-        assert chunks.fitted is not None
-        step = max(1, SCORE_BYTES // (4 * rows.shape[0] * n_chunks))
-        weights = torch.zeros(rows.shape[0], n_chunks, device=rows.device)
-        for part in rows.split(step, dim=1):
-            slabs = [self._summary.scores(chunks.fitted.state, codes, part) for codes in chunks.codes.slabs(n_chunks)]
-            weights += chunk_weights(torch.cat(slabs, dim=-1)) * (part.shape[1] / rows.shape[1])
-        return weights
+        return self._selection.choose(chunks, rows, n_chunks, select)
 
     def _fetch(self, chunks: LayerChunks, chosen: torch.Tensor) -> torch.Tensor:
         """Bring the ``chosen`` chunks [N, n] into the device pool; their slots there, [N, n] int32 on the device."""
@@ -173,5 +175,5 @@ class TieredEngine(Engine[TieredSequence]):
     def close(self) -> None:
         """Give everything back; the engine cannot be used any more."""
         self.rotary = []
-        del self._seats, self._attention
+        del self._seats, self._attention, self._selection
         self.residency.close()

@@ -32,8 +32,8 @@ from kvtier.kernels.basis import fit_basis
 from kvtier.kernels.quantize import pack, packed_size, quantize, unpack
 from kvtier.kernels.select import sketch_scores
 from kvtier.kernels.summarize import encode_sketch
+from kvtier.runtime import layer_selection
 from kvtier.runtime import residency as residency_module
-from kvtier.runtime import tiered as tiered_module
 from kvtier.runtime.errors import BudgetError
 from kvtier.runtime.residency import Residency
 from kvtier.runtime.sequence import QueryMoment, TieredSequence
@@ -61,8 +61,8 @@ def chosen_count(rig: Rig) -> list[int]:
 @given(case=cases(), appends=APPENDS, steps=st.integers(0, 10), seed=st.integers(0, 99), piece=st.integers(0, 3))
 def test_exact_matches_the_oracle(case: Case, appends: list[int], steps: int, seed: int, piece: int) -> None:
     """Several appends, decode steps, then one append more; slabs of summaries and pieces of scores cut anywhere."""
-    score_bytes = [1, 400, 4000, tiered_module.SCORE_BYTES][piece]
-    with tiered(case, summary_chunks=3) as rig, patch.object(tiered_module, "SCORE_BYTES", score_bytes):
+    score_bytes = [1, 400, 4000, layer_selection.SCORE_BYTES][piece]
+    with tiered(case, summary_chunks=3) as rig, patch.object(layer_selection, "SCORE_BYTES", score_bytes):
         judge = Judge(rig)
         for i, n in enumerate(appends):
             judge.feed(random_tokens(case, n, 1000 * seed + i))
@@ -115,7 +115,7 @@ def test_a_long_block_chooses_with_the_last_query_of_each_stretch(group: int) ->
 def test_weights_do_not_depend_on_how_scores_are_cut(score_bytes: int) -> None:
     """Pieces of uneven numbers of queries: 40 rows, of which a piece takes 1, 3 to 5, or 9 to 15."""
     case = Case(make_geometry(block=10, select=3), group=4)
-    with tiered(case) as rig, patch.object(tiered_module, "SCORE_BYTES", score_bytes):
+    with tiered(case) as rig, patch.object(layer_selection, "SCORE_BYTES", score_bytes):
         judge = Judge(rig)
         judge.feed(random_tokens(case, 120))
         for seed in range(12):
