@@ -13,12 +13,13 @@ from kvtier.rope import rotary_tables, trained_window
 from kvtier.runtime.budget import Budget
 from kvtier.runtime.device_pool import DevicePool
 from kvtier.runtime.engine import Engine
-from kvtier.runtime.errors import UnsupportedError
+from kvtier.runtime.errors import ConfigError, UnsupportedError
 from kvtier.runtime.geometry import Geometry
 from kvtier.runtime.host_pool import HostPool
 from kvtier.runtime.model import Rotary
 from kvtier.runtime.reattention import ReAttentionEngine
 from kvtier.runtime.residency import Residency
+from kvtier.runtime.saved import SavedChunks
 from kvtier.runtime.sizing import DeviceSizes, check_host_budget, device_sizes, windows_set_aside
 from kvtier.runtime.store import StoreTier
 from kvtier.runtime.summary import Summary, make_summary
@@ -49,7 +50,7 @@ class Runtime:
                 s.kind, chunk=geometry.chunk, head_dim=shape.head_dim, dtype=shape.dtype, rank=s.rank, bits=s.bits
             )
             self._sizes = device_sizes(shape, geometry, self._summary, self._rotary_bytes(), budgets.gpu_bytes)
-            check_host_budget(shape, geometry, budgets.host_bytes)
+            check_host_budget(shape, geometry, budgets.host_bytes, config.store.bits)
 
     def open(self) -> None:
         """Allocate the fixed parts. Raises BudgetError or StoreError with everything given back."""
@@ -73,13 +74,20 @@ class Runtime:
     def _open_tiers(self, pool_slots: int) -> Residency:
         shape, chunk = self._anatomy.shape, self.geometry.chunk
         record = (chunk, shape.head_dim, shape.dtype)
+        bits = self.config.store.bits
         store = None
         if self._disk is not None:
             assert self.config.store.path is not None
-            store = StoreTier(self.config.store.path, self._disk, *record)
+            store = StoreTier(self.config.store.path, self._disk, *record, bits=bits)
         device = DevicePool(self._gpu, pool_slots, *record, shape.device)
-        host = HostPool(self._host, *record, pin=shape.device.type == "cuda")
-        return Residency(device, host, store)
+        host = HostPool(self._host, *record, pin=shape.device.type == "cuda", bits=bits)
+        return Residency(device, host, store, bits)
+
+    @property
+    def disk(self) -> Budget:
+        """Of the disk, in a configuration with a store."""
+        assert self._disk is not None
+        return self._disk
 
     def _table_of(self, layer: int) -> tuple[str | None, int]:
         """Which rotary table a layer needs: its set of frequencies, and the number of positions (0: no rotation)."""
@@ -122,8 +130,12 @@ class Runtime:
         }
         if self._disk is not None:
             tiers["disk"] = (self._disk, r.store if r else None)
+        reports = {name: _tier_report(*tier) for name, tier in tiers.items()}
+        if r and (self._disk is not None or r.saved.counters != TierCounters()):
+            nothing = _tier_report(Budget("disk", 0), None)
+            reports["disk"] = _with_saved(reports.get("disk", nothing), r.saved)
         return {
-            "tiers": {name: _tier_report(*tier) for name, tier in tiers.items()},
+            "tiers": reports,
             "stalls": {
                 "fetch_seconds": r.stall_seconds if r else 0.0,
                 "spill_seconds": r.spill_seconds if r else 0.0,
@@ -146,14 +158,22 @@ def _tier_report(budget: Budget, tier: Tier | None) -> dict[str, Any]:
     }
 
 
+def _with_saved(disk: dict[str, Any], saved: SavedChunks) -> dict[str, Any]:
+    """The report of the disk tier with the chunks of saved sequences, which are read in place."""
+    counters = saved.counters
+    hits = disk["hits"] + counters.hits
+    return disk | {
+        "chunks": disk["chunks"] + len(saved),
+        "hits": hits,
+        "hit_rate": hits / (hits + disk["misses"]) if hits else disk["hit_rate"],
+        "bytes_read": disk["bytes_read"] + counters.bytes_read,
+        "bytes_written": disk["bytes_written"] + counters.bytes_written,
+    }
+
+
 def build_runtime(config: Config, anatomy: Anatomy, model_config: PreTrainedConfig) -> Runtime:
     """Check everything that can be checked before anything is allocated."""
-    if config.store.mode == "durable":
-        raise UnsupportedError(
-            '[store] mode = "durable" is not supported yet: use "spill", and cache.save(path) to keep a cache'
-        )
-    if config.store.dtype != "auto":
-        raise UnsupportedError(f'[store] dtype = "{config.store.dtype}" is not supported yet: use "auto"')
+    check_store(config)
     if not anatomy.shape.full_layers:
         window = anatomy.shape.sliding_window
         message = f"every layer has a sliding window of {window} tokens: what is older is forgotten, nothing is tiered"
@@ -161,3 +181,16 @@ def build_runtime(config: Config, anatomy: Anatomy, model_config: PreTrainedConf
     geometry = resolve_geometry(config, trained_window(model_config))
     budgets = resolve_budgets(config.budget, anatomy.shape.device, config.store.path)
     return Runtime(config, anatomy, geometry, budgets)
+
+
+def check_store(config: Config) -> None:
+    """Refuse what does not go together in ``[store]``."""
+    store, method = config.store, config.attention.method
+    if store.mode == "durable" and store.path is None:
+        raise ConfigError('[store] mode = "durable" needs [store] path: a directory to keep sequences in')
+    if method != "chunks" and (store.mode == "durable" or store.dtype != "auto"):
+        given = 'mode = "durable"' if store.mode == "durable" else f'dtype = "{store.dtype}"'
+        raise UnsupportedError(
+            f'[store] {given} does not go with [attention] method = "{method}", which keeps everything on the device: '
+            'use method = "chunks"'
+        )

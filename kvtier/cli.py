@@ -4,12 +4,11 @@ import argparse
 import json
 import random
 import sys
-import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import kvtier
-from kvtier.completion import SHELLS, Parser, script
+from kvtier.cli_parser import make_parser
+from kvtier.completion import script
 from kvtier.runtime.errors import KvtierError
 
 if TYPE_CHECKING:
@@ -19,9 +18,9 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     try:
-        code: int = arguments.run(arguments)
+        code = COMMANDS[vars(arguments)["command"]](arguments)
     except KvtierError as error:
         print(f"kvtier: {error}", file=sys.stderr)
         return 1
@@ -29,167 +28,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("kvtier: interrupted", file=sys.stderr)
         return 130
     return code
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="kvtier",
-        description="Long contexts for stock Hugging Face models, with the KV cache on GPU, host and disk.",
-        epilog=EXAMPLES[""],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"kvtier {kvtier.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_run, _add_inspect, _add_completion):
-        command = add(commands)
-        parser.commands[command.name] = command
-    return parser
-
-
-EXAMPLES = {
-    "": """\
-start here:
-  kvtier demo                                      see it work, with a small model (about 2 minutes)
-  kvtier run MODEL --context book.txt              ask your own questions about a text
-  kvtier run --help                                what can be set, and more examples
-
-exit codes: 0 ok, 1 failed, 2 wrong use; failures are one line on stderr
-""",
-    "demo": """\
-example:
-  kvtier demo --tokens 8K --seed 1
-""",
-    "run": """\
-examples:
-  kvtier run Qwen/Qwen3-0.6B --context book.txt --question "Who is Emma?"
-  kvtier run Qwen/Qwen3-0.6B --context book.txt --session ~/books    reads the book, asks you for questions
-  kvtier run Qwen/Qwen3-0.6B --session ~/books --question "And Mr Knightley?"    opens it, in seconds
-""",
-    "inspect": """\
-example:
-  kvtier inspect ~/books
-
-To remove a sequence, delete its folder: STORE/sequences/ID.
-""",
-    "completion": """\
-examples:
-  eval "$(kvtier completion bash)"                                      in ~/.bashrc
-  eval "$(kvtier completion zsh)"                                       in ~/.zshrc, after compinit
-  kvtier completion fish > ~/.config/fish/completions/kvtier.fish
-""",
-}
-"""What follows the help of each command."""
-
-
-def _add(commands: Any, name: str, help: str, description: str) -> Parser:
-    """A command whose help ends with an example."""
-    command: Parser = commands.add_parser(
-        name,
-        help=help,
-        summary=help,
-        description=textwrap.fill(description, 100),
-        epilog=EXAMPLES[name],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return command
-
-
-def _add_demo(commands: Any) -> Parser:
-    demo = _add(
-        commands,
-        "demo",
-        help="a small model answers questions about a long text, on three tiers",
-        description="SmolLM2-135M reads a novel with three planted facts under budgets so small that device, host "
-        "and disk are all in use, and is asked for each fact with and without the tiers. About 2 minutes on two "
-        "idle CPU cores at 16K.",
-    )
-    demo.add_argument(
-        "--tokens", type=_tokens, default=16_384, metavar="N", help="length of the prompt, 4K to 128K (16K)"
-    )
-    demo.add_argument("--seed", type=int, help="of the facts; default: fresh facts at each run")
-    demo.add_argument("--store", metavar="DIR", help="where the disk tier goes; default: a temporary directory")
-    demo.add_argument("--device", default="cpu", help='"cpu" (the default) or "cuda"')
-    demo.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
-    demo.set_defaults(run=_demo)
-    return demo
-
-
-def _add_run(commands: Any) -> Parser:
-    run = _add(
-        commands,
-        "run",
-        help="read text files once and answer questions about them",
-        description="Reads the context once, then answers each question from it. Without --question it asks for them. "
-        "With --session what was read is kept in a folder, and the next run with the same model, context and settings "
-        "opens it instead of reading again.",
-    )
-    run.add_argument("model", metavar="MODEL", help="a hub name, a folder or a .gguf file")
-    run.add_argument(
-        "--context",
-        nargs="+",
-        metavar="FILE",
-        help="text files (UTF-8), read one after the other; - is stdin. Needed unless --session has what was read",
-    )
-    run.add_argument(
-        "--question",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="may be given several times; each is asked of the context alone, not of the answers before",
-    )
-    run.add_argument(
-        "--session",
-        metavar="STORE",
-        help="a folder in which contexts that were read are kept; made if need be. Without --context the one that it "
-        "holds is opened",
-    )
-    run.add_argument("--id", metavar="ID", help="which one, where STORE holds several: see kvtier inspect STORE")
-    run.add_argument("--config", metavar="FILE", help="a kvtier TOML file; default: budgets from free memory")
-    run.add_argument("--max-new-tokens", type=_tokens, default=256, metavar="N", help="length of an answer (256)")
-    run.add_argument("--device", default=None, help='"cuda" or "cpu"; default: cuda if there is one')
-    run.add_argument("--dtype", default="auto", help='of the weights: "auto" (as stored), "bfloat16", "float32", ...')
-    run.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
-    run.set_defaults(run=_run)
-    return run
-
-
-def _add_inspect(commands: Any) -> Parser:
-    inspect = _add(
-        commands,
-        "inspect",
-        help="list the contexts that a session folder holds",
-        description="Lists what cache.save(path) and kvtier run --session have saved in a folder: id, tokens, bytes on "
-        "disk, the model it belongs to and when it was saved. Loads no model.",
-    )
-    inspect.add_argument("store", metavar="STORE", help="the folder")
-    inspect.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
-    inspect.set_defaults(run=_inspect)
-    return inspect
-
-
-def _add_completion(commands: Any) -> Parser:
-    completion = _add(
-        commands,
-        "completion",
-        help="print a script that lets your shell complete kvtier's commands",
-        description="Prints a script for your shell that completes commands, options and files when you press Tab.",
-    )
-    completion.add_argument("shell", metavar="SHELL", choices=SHELLS, help=f"one of {', '.join(SHELLS)}")
-    completion.set_defaults(run=_completion)
-    return completion
-
-
-def _tokens(text: str) -> int:
-    """``"16K"``, ``"1M"`` or ``"16384"`` (K = 1,024)."""
-    units = {"K": 1024, "M": 1024**2}
-    number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
-    try:
-        tokens = int(number) * unit
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens such as 16K or 16384") from None
-    if tokens < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of tokens")
-    return tokens
 
 
 def _quieten_loading() -> None:
@@ -283,5 +121,62 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _completion(arguments: argparse.Namespace) -> int:
-    print(script(_parser(), arguments.shell), end="")
+    print(script(make_parser(), arguments.shell), end="")
     return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from kvtier.plan import plan, table
+
+    report = plan(
+        arguments.model,
+        arguments.tokens,
+        arguments.config,
+        device=arguments.device,
+        gpu=arguments.gpu,
+        host=arguments.host,
+        disk=arguments.disk,
+        weights=arguments.weights,
+        miss=arguments.miss,
+        card=arguments.card,
+        measured=arguments.measure,
+        say=_say,
+    )
+    print(json.dumps(report) if arguments.json else table(report))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from kvtier.verify_store import table, verify_store
+
+    report = verify_store(arguments.store, _say if sys.stderr.isatty() else lambda line: None)
+    print(json.dumps(report) if arguments.json else table(report))
+    return 0 if report["ok"] else 1
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from kvtier.remote import export_sequence
+
+    report = export_sequence(arguments.store, arguments.url, arguments.id, say=_say)
+    print(json.dumps(report) if arguments.json else f"{report['id']} is at {report['url']}")
+    return 0
+
+
+def _restore(arguments: argparse.Namespace) -> int:
+    from kvtier.remote import restore_sequence
+
+    report = restore_sequence(arguments.url, arguments.store, arguments.id, say=_say)
+    print(json.dumps(report) if arguments.json else f"{report['id']} is in {report['store']}")
+    return 0
+
+
+COMMANDS = {
+    "demo": _demo,
+    "run": _run,
+    "plan": _plan,
+    "inspect": _inspect,
+    "verify": _verify,
+    "export": _export,
+    "restore": _restore,
+    "completion": _completion,
+}

@@ -162,6 +162,11 @@ class StoreConfig(_Section):
     mode: Literal["durable", "spill"] = "spill"
     dtype: Literal["auto", "int8", "int4"] = "auto"
 
+    @property
+    def bits(self) -> int | None:
+        """Bits a number of chunks on host and disk; None: the model's own."""
+        return {"auto": None, "int8": 8, "int4": 4}[self.dtype]
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionConfig(_Section):

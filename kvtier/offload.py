@@ -6,6 +6,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import MethodType, TracebackType
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationMixin
 
-from kvtier import attention, sessions
+from kvtier import attention, durable, sessions
 from kvtier.build import build_runtime
 from kvtier.cache import Lane, TieredCache
 from kvtier.compat import attention_name, set_attention_name
@@ -24,8 +25,8 @@ from kvtier.generate import wrap_generate
 from kvtier.rope import identity_rotary
 from kvtier.runtime.errors import KvtierError, UnsupportedError
 from kvtier.runtime.geometry import Geometry
+from kvtier.runtime.library import Library
 from kvtier.runtime.sequence import Sequence as CachedSequence
-from kvtier.runtime.session_store import SessionStore
 from kvtier.stats import Clock, Stats
 
 ConfigSource = str | os.PathLike[str] | Mapping[str, object] | Config | None
@@ -62,6 +63,11 @@ def _as_tensor(ids: Sequence[int]) -> torch.Tensor:
         raise UnsupportedError(f"prefill takes token ids, a tensor or a list of integers, not {ids!r:.80}") from error
 
 
+def _advance(bar: "tqdm[Any]", before: int, done: int) -> None:
+    """Show that ``done`` tokens have been read after those ``before``."""
+    bar.update(before + done - bar.n)
+
+
 @contextmanager
 def recording_off() -> Iterator[None]:
     """Neither gradients nor inference tensors: what is allocated here is written to later, in any mode."""
@@ -88,6 +94,7 @@ class Offload:
         self._caches: weakref.WeakSet[TieredCache] = weakref.WeakSet()
         self._clock = Clock()
         self._last_stats: Stats | None = None
+        self._library: Library | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -107,6 +114,7 @@ class Offload:
         with ExitStack() as stack, recording_off():
             stack.callback(self._runtime.close)
             self._runtime.open()
+            self._open_library(stack)
             attention.register()
             stack.callback(set_attention_name, self.model.config, attention_name(self.model.config))
             set_attention_name(self.model.config, attention.NAME)
@@ -121,6 +129,21 @@ class Offload:
             self._stack = stack.pop_all()
         self._open = True
         return self
+
+    def _open_library(self, stack: ExitStack) -> None:
+        """Mode "durable": be the store's one writer. Raises StoreError, BudgetError."""
+        store = self.config.store
+        if store.path is not None and store.mode == "durable":
+            library = Library(store.path)
+            library.lock()
+            stack.callback(library.unlock)
+            self._runtime.disk.take(sum(e.nbytes for e in library.entries()), f"what is saved in {store.path} already")
+            self._library = library
+
+    def library_at(self, path: str | os.PathLike[str]) -> Library:
+        """The saved sequences of a folder."""
+        library = Library(path)
+        return self._library if self._library is not None and self._library.path == library.path else library
 
     @staticmethod
     def _replace(stack: ExitStack, module: Any, name: str, value: Callable[..., Any]) -> None:
@@ -178,8 +201,30 @@ class Offload:
         mask = check_mask(attention_mask, cache, tokens)
         disable = None if progress is None else not progress
         with tqdm(total=int(mask.sum()), unit="tok", desc="prefill", disable=disable) as bar:
+            if self._library is not None:
+                return self._prefill_durably(cache, tokens.cpu(), mask, bar)
             self.feed(cache, tokens, mask, logits_to_keep=1, on_block=lambda done: bar.update(done - bar.n))
         return cache
+
+    def _prefill_durably(
+        self, cache: TieredCache, tokens: torch.Tensor, mask: torch.Tensor, bar: "tqdm[Any]"
+    ) -> TieredCache:
+        """Read each row of ``tokens`` [rows, n] into the store; ``cache`` says how, and is left empty."""
+        assert self._library is not None
+        books, done = [], 0
+        with recording_off():
+            for ids, real, sequence in zip(tokens, mask, cache._lane.sequences, strict=True):
+                at = partial(_advance, bar, done)
+                book, resumed = durable.read(self, self._library, self._runtime.disk, ids[real], sequence.select, at)
+                self._clock.resumed_tokens += resumed
+                done += int(real.sum())
+                books.append(book)
+        if len(books) == 1 and bool(mask.all()):
+            return books[0]
+        rows = [self._runtime.engine.fork(book._lane.sequences[0], book._lane.sequences[0].select) for book in books]
+        batch = self._wrap(rows)
+        batch._lane.pads = (~mask).sum(dim=1).tolist()
+        return batch
 
     def open(self, path: str | os.PathLike[str], id: str | None = None) -> TieredCache:
         """The cache that ``cache.save(path)`` wrote, also in another process: what follows is the same to the last bit.
@@ -193,14 +238,15 @@ class Offload:
         ------
         StoreError
             No store, no such id (the message lists those there are), another model, chunk, sink, local, dtype or
-            summary than it was saved with, or damaged files. Nothing is read but what is needed to know.
+            summary than it was saved with, or damaged files. Chunks stay in the store and are checked when they are
+            first read: generate can raise it, too.
         BudgetError
             It does not fit the budgets; whatever was read has been given back.
         """
         self._check_open()
         self._reap()
         with recording_off():
-            return self._wrap([sessions.open_sequence(self, SessionStore(path), id)])
+            return self._wrap([sessions.open_sequence(self, self.library_at(path), id)])
 
     def feed(
         self,

@@ -1,25 +1,34 @@
 """Saving a cache and opening it again: which model it belongs to, and what is refused before any work.
 
-``runtime.session`` writes and reads the tensors, ``runtime.session_store`` keeps the folder.
+``runtime.session`` writes and reads the tensors, ``runtime.library`` keeps the folder; ``kvtier.durable`` saves while
+it reads.
 """
 
 import hashlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from kvtier.cache import TieredCache
+from kvtier.runtime.budget import format_bytes
+from kvtier.runtime.commit_record import read_slots
+from kvtier.runtime.committer import NOTHING, Committer, inherited, save_chunks
 from kvtier.runtime.engine import Engine
 from kvtier.runtime.errors import KvtierError, StoreError, UnsupportedError
+from kvtier.runtime.library import Attributes, Entry, Library
+from kvtier.runtime.saved_beginning import common_length, read_beginning
+from kvtier.runtime.saved_sequence import SavedSequence, read_sequence
 from kvtier.runtime.sequence import TieredSequence
-from kvtier.runtime.session import difference, read_sequence, stored_bytes, token_digest, write_sequence
-from kvtier.runtime.session_store import Attributes, Entry, SessionStore
+from kvtier.runtime.sequence_files import SequenceFiles
+from kvtier.runtime.session import difference, fixed_values, layout_attributes, layout_of, make_layout, sequence_id
+from kvtier.runtime.tier import Ids
 from kvtier.runtime.tiered import TieredEngine
 
 if TYPE_CHECKING:
@@ -73,10 +82,20 @@ def refusal(kv: "Offload", entry: Entry) -> str | None:
     for key in sorted(saved["config"].keys() & here["config"].keys()):  # versions of transformers add fields
         if saved["config"][key] != here["config"][key]:
             return f"its model has config.{key} = {saved['config'][key]!r}, this one {here['config'][key]!r}"
-    if different := difference(_engine(kv), entry.attributes):
+    if different := difference(engine_of(kv), entry):
         return different
     if saved["weights"] != weights_digest(kv.model):
         return f"it was made with other weights ({saved['name']}; this model is {here['name']})"
+    return None
+
+
+def read_otherwise(kv: "Offload", entry: Entry, select: int) -> str | None:
+    """Which setting would make reading the same text again give something else than what was saved."""
+    here = asdict(kv.geometry) | {"select": select}
+    for name, saved in (entry.attributes["geometry"] | {"select": entry.attributes["select"]}).items():
+        if saved != here[name] and name != "max":  # a ceiling, no more
+            section = "prefill" if name in ("block", "queries", "tail") else "attention"
+            return f"it was read with [{section}] {name} = {saved}, here it is {here[name]}"
     return None
 
 
@@ -88,11 +107,36 @@ def check_method(method: str) -> None:
         )
 
 
-def _engine(kv: "Offload") -> TieredEngine:
+def engine_of(kv: "Offload") -> TieredEngine:
+    """The engine of a block that can save sequences; raises UnsupportedError."""
     check_method(kv.config.attention.method)
     engine: Engine[Any] = kv._runtime.engine
     assert isinstance(engine, TieredEngine)
     return engine
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+def describe(kv: "Offload", select: int) -> Attributes:
+    """What is written down of a sequence that attends to ``select`` chunks and is made in the block ``kv``."""
+    return {
+        "fixed": fixed_values(engine_of(kv)),
+        "geometry": asdict(kv.geometry),
+        "select": select,
+        "model": model_facts(kv.model) | {"weights": weights_digest(kv.model)},
+    }
+
+
+def new_files(
+    kv: "Offload", library: Library, id: str, attributes: Attributes, parts: list[tuple[str, int]]
+) -> SequenceFiles:
+    """The files of a new sequence, to be written by this process alone. Raises OSError."""
+    layout = make_layout(engine_of(kv), parts[-1][1] if parts else 0)
+    held = {"parts": [list(part) for part in parts], "layout": layout_attributes(layout)}
+    files = SequenceFiles(library.create(id, attributes | held), layout)
+    files.create()
+    return files
 
 
 def save(kv: "Offload", cache: TieredCache, path: Place) -> str:
@@ -100,30 +144,185 @@ def save(kv: "Offload", cache: TieredCache, path: Place) -> str:
     if any(sequence.closed for sequence in cache._lane.sequences):
         raise KvtierError("this cache is closed: save it before its offload block ends")
     kv._check_open()
-    engine = _engine(kv)
+    engine = engine_of(kv)
     if cache.n_rows != 1:
         raise UnsupportedError(f"this cache has {cache.n_rows} rows, one at a time is saved: cache.row(i).save(path)")
     sequence = cache._lane.sequences[0]
     assert isinstance(sequence, TieredSequence)
     if not sequence.length:
         raise UnsupportedError("this cache is empty: pass tokens through the model before it is saved")
-    with SessionStore(path).writing(stored_bytes(engine, sequence)) as draft:
-        attributes = write_sequence(draft.group, engine, sequence)
-        return draft.commit(attributes | {"model": model_facts(kv.model) | {"weights": weights_digest(kv.model)}})
+    library = kv.library_at(path)
+    attributes = describe(kv, sequence.select)
+    id = sequence_id(attributes, sequence.tokens.array(), sequence.block_starts, sequence._rewound)
+    with library.writing():
+        entry = library.read(id)
+        if entry is not None and any(part == id for part, _ in inherited(engine, sequence, library)):
+            _go_on(engine, library, sequence, entry)
+        elif entry is None or not (_is_complete(entry) and _is_sound(library, entry)):
+            _write(kv, engine, library, sequence, id, attributes)
+    return id
 
 
-def open_sequence(kv: "Offload", store: SessionStore, id: str | None) -> TieredSequence:
-    """Read a saved sequence into the tiers of the block ``kv``; raises StoreError or BudgetError."""
-    engine, entry = _engine(kv), store.entry(id)
+def _go_on(engine: TieredEngine, library: Library, sequence: TieredSequence, entry: Entry) -> None:
+    """Save a cache that reads its chunks from the sequence that it is saved as: what is missing there is added.
+
+    Written anew, the sequence would lose them. Raises StoreError, BudgetError.
+    """
+    files = SequenceFiles(entry.path, layout_of(entry.attributes))
+    if not _is_sound(library, entry):
+        raise StoreError(
+            f"this cache reads its chunks from {entry.path}, where something else is damaged (`kvtier verify` lists "
+            "it): save to another folder"
+        )
+    assert entry.commit is not None
+    if _is_complete(entry):
+        return
+    try:
+        save_chunks(engine, sequence, files, entry.commit.chunks)
+        Committer(engine, files, entry.commit, None).commit(sequence, complete=True)
+    finally:
+        files.close()
+
+
+def _is_complete(entry: Entry) -> bool:
+    return entry.commit is not None and entry.commit.complete
+
+
+def _is_sound(library: Library, entry: Entry) -> bool:
+    """Whether all of a sequence that is read when it is opened is as it was saved."""
     if entry.problem is not None:
-        raise entry.damaged(entry.problem)
+        return False
+    try:
+        saved = SavedSequence(library, entry)
+        saved.tokens(), saved.block_starts()
+        for name in saved.commit.arrays:
+            saved.array(name)
+        return all(sum(1 for _ in files.read_codes(end)) >= 0 for files, end in saved.parts)
+    except StoreError:
+        return False
+
+
+def _write(
+    kv: "Offload", engine: TieredEngine, library: Library, sequence: TieredSequence, id: str, attributes: Attributes
+) -> None:
+    """Write a whole sequence by reference to what the library has of it. Raises StoreError, BudgetError."""
+    parts = inherited(engine, sequence, library)
+    _check_room(engine, library, sequence, parts[-1][1] if parts else 0)
+    files = None
+    try:
+        files = new_files(kv, library, id, attributes, parts)
+        save_chunks(engine, sequence, files)
+        Committer(engine, files, NOTHING, None).commit(sequence, complete=True)
+    except BaseException as error:
+        library.remove(id)
+        if isinstance(error, OSError) and not isinstance(error, StoreError):
+            raise StoreError(
+                f"{library.path} cannot be written: {error}. What was saved before is intact; free space there, or "
+                "save to another folder"
+            ) from error
+        raise
+    finally:
+        if files is not None:
+            files.close()
+
+
+def _check_room(engine: TieredEngine, library: Library, sequence: TieredSequence, first: int) -> None:
+    """Meet a device that is too full before any work."""
+    layout = make_layout(engine, first)
+    layers = [sequence.layers[layer].retired - first for layer in engine.shape.full_layers]
+    per_chunk = layout.n_kv_heads * layout.shard.record_bytes + sum(map(layout.code_bytes, layout.codes))
+    nbytes, free = sum(layers) * per_chunk + engine.window_bytes, library.free_bytes()
+    if nbytes > free:
+        raise StoreError(
+            f"the sequence takes {format_bytes(nbytes)}, but only {format_bytes(free)} are free in {library.path}: "
+            "free space there, or save to another folder"
+        )
+
+
+# -- opening -----------------------------------------------------------------------------------------------------------
+
+
+def open_sequence(kv: "Offload", library: Library, id: str | None) -> TieredSequence:
+    """A saved sequence in the block ``kv``; raises StoreError or BudgetError."""
+    check_method(kv.config.attention.method)
+    entry = library.entry(id)
+    entry.check()
     if reason := refusal(kv, entry):
         raise StoreError(
             f"the saved sequence {entry.path} cannot go on here: {reason}. Open it with the model and settings it was "
             "saved with (`kvtier inspect` shows them), or read the text again"
         )
-    entry.verify()
-    return read_sequence(entry.group(), engine, entry.attributes)
+    _warn_of_older(library, entry)
+    return read_latest(kv, library, entry)
+
+
+def _warn_of_older(library: Library, entry: Entry) -> None:
+    """Say so when the newest commit is one that cannot be read, so that the one before counts."""
+    damaged = [slot for slot in read_slots(entry.path / "commit") if isinstance(slot, str)]
+    if not damaged or _is_complete(entry):  # after the commit that completes a sequence there is none
+        return
+    now = library.read(entry.id)
+    if now is not None and now.commit == entry.commit:  # else a writer was at it
+        warnings.warn(
+            f"{damaged[0]}: the saved sequence {entry.path} is opened as it was at the commit before, with "
+            f"{entry.tokens} tokens; if more were saved, put back a copy of that folder or read the text again",
+            stacklevel=4,
+        )
+
+
+def read_latest(kv: "Offload", library: Library, entry: Entry) -> TieredSequence:
+    """The sequence at its last commit, also while its writer commits the next ones."""
+    while True:
+        try:
+            return read_sequence(SavedSequence(library, entry), engine_of(kv))
+        except StoreError:
+            now = library.read(entry.id)
+            if now is None or now.commit == entry.commit or now.problem is not None:
+                raise
+            entry = now
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A saved sequence whose first ``length`` tokens are what is looked for; all of them, or its beginning."""
+
+    entry: Entry
+    length: int
+
+
+def find(kv: "Offload", library: Library, ids: Ids, select: int, refused: Callable[[Entry, str], None]) -> Found | None:
+    """What a store has of ``ids`` [n], from the first on, as ``kv`` would read them: the longest.
+
+    Parameters
+    ----------
+    select : chunks that ``kv`` would attend to per KV head and step
+    refused : told of those sequences of exactly these tokens that were read otherwise, and why
+    """
+    best = None
+    for entry in library.entries():
+        if not entry.tokens:
+            continue
+        try:
+            saved = SavedSequence(library, entry)
+            is_all = entry.tokens <= len(ids) and not (saved.tokens() != ids[: entry.tokens]).any()
+            length = entry.tokens if is_all else common_length(saved, engine_of(kv), ids)
+            if length <= (best.length if best else 0):
+                continue
+            reason = refusal(kv, entry) or read_otherwise(kv, entry, select)
+        except StoreError as error:
+            is_all, reason = entry.tokens == len(ids), str(error)
+        if reason is None:
+            best = Found(entry, length)
+        elif is_all and entry.tokens == len(ids):
+            refused(entry, reason)
+    return best
+
+
+def open_found(kv: "Offload", library: Library, found: Found) -> TieredSequence:
+    """What ``find`` has found, as a sequence of the block ``kv``; raises StoreError or BudgetError."""
+    if found.length == found.entry.tokens:
+        return read_latest(kv, library, found.entry)
+    return read_beginning(SavedSequence(library, found.entry), engine_of(kv), found.length)
 
 
 class Session:
@@ -137,7 +336,7 @@ class Session:
     """
 
     def __init__(self, path: Place, id: str | None, say: Callable[[str], None]) -> None:
-        self.store = SessionStore(path)
+        self.store = Library(path)
         self.opened = False
         self.id = id
         self.seconds = 0.0
@@ -172,31 +371,15 @@ class Session:
         started = time.perf_counter()
         book = kv.open(self.store.path, entry.id)
         self.id, self.opened, self.seconds = entry.id, True, time.perf_counter() - started
-        self._say(f"opened {entry.attributes['tokens']} tokens from {self.store.path} in {self.seconds:.1f} s")
+        self._say(f"opened {entry.tokens} tokens from {self.store.path} in {self.seconds:.1f} s")
         return book
 
     def _find(self, kv: "Offload", ids: Sequence[int]) -> Entry | None:
         """The sequence of exactly these tokens that was read as ``kv`` would read them; says why others are not."""
         if self.store.is_new():
             return None
-        digest = token_digest(np.asarray(ids, dtype=np.int64))
-        reasons = []
-        for entry in self.store.entries():
-            if entry.attributes.get("tokens_sha256") == digest:
-                reason = refusal(kv, entry) or read_otherwise(kv, entry)
-                if reason is None:
-                    return entry
-                reasons.append(f"{entry.id}: {reason}")
-        for reason in reasons:
-            self._say(f"{self.store.path} has this context, but not as it would be read now: {reason}")
-        return None
+        found = find(kv, self.store, np.asarray(ids, dtype=np.int64), kv.geometry.select, self._refused)
+        return found.entry if found is not None and found.entry.tokens == len(ids) == found.length else None
 
-
-def read_otherwise(kv: "Offload", entry: Entry) -> str | None:
-    """Which setting would make reading the same text again give something else than what was saved."""
-    here = asdict(kv.geometry)
-    for name, saved in (entry.attributes["geometry"] | {"select": entry.attributes["select"]}).items():
-        if saved != here[name] and name != "max":  # a ceiling, no more
-            section = "prefill" if name in ("block", "queries", "tail") else "attention"
-            return f"it was read with [{section}] {name} = {saved}, here it is {here[name]}"
-    return None
+    def _refused(self, entry: Entry, reason: str) -> None:
+        self._say(f"{self.store.path} has this context, but not as it would be read now: {entry.id}: {reason}")

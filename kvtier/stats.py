@@ -12,6 +12,7 @@ class Clock:
     """Running totals of the forwards of one offload block."""
 
     prefill_tokens: int = 0
+    resumed_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_steps: int = 0
     decode_tokens: int = 0
@@ -36,7 +37,7 @@ class Clock:
         return {
             "prefill": {
                 "computed_tokens": self.prefill_tokens,
-                "resumed_tokens": 0,
+                "resumed_tokens": self.resumed_tokens,
                 "seconds": self.prefill_seconds,
                 "tokens_per_s": self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else None,
             },

@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ from kvtier.runtime.slabs import SlabList
 from kvtier.runtime.summary import Layout, State
 from kvtier.runtime.tier import Ids
 from kvtier.runtime.window import ParkedWindows
+
+if TYPE_CHECKING:
+    from kvtier.runtime.recorder import Recorder
 
 
 class TokenLog:
@@ -172,6 +176,8 @@ class TieredSequence(Sequence):
     layers: list[LayerChunks] = field(default_factory=list)
     parked: ParkedWindows | None = None
     """The windows at ``parked.end`` tokens, on the host."""
+    recorder: "Recorder | None" = None
+    """Who writes its chunks to a saved sequence; a fork has none."""
 
     @classmethod
     def empty(

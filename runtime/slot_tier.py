@@ -1,11 +1,13 @@
 """The part of a tier that is the same for device, host and disk: ids, order of use, counters, checks."""
 
+import math
 from abc import abstractmethod
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvtier.kernels.quantize import record_bytes
 from kvtier.runtime.budget import Budget
 from kvtier.runtime.slots import ABSENT, SlotMap
 from kvtier.runtime.tier import Ids, Tier, TierCounters
@@ -25,20 +27,26 @@ class SlotTier(Tier):
         C in tokens and D in elements of a chunk ``[2, C, D]``.
     dtype
         Of the chunks.
+    bits
+        Keep records of so many bits a number (``kernels.quantize``), uint8 ``[bytes]``, in place of chunks.
     """
 
-    def __init__(self, budget: Budget, chunk: int, head_dim: int, dtype: torch.dtype) -> None:
+    def __init__(self, budget: Budget, chunk: int, head_dim: int, dtype: torch.dtype, bits: int | None = None) -> None:
         self.counters = TierCounters()
         self.budget = budget
-        self._shape = (2, chunk, head_dim)
-        self._dtype = dtype
-        self._payload_bytes = 2 * chunk * head_dim * dtype.itemsize
+        self._shape, self._dtype = item_format(chunk, head_dim, dtype, bits)
+        self._payload_bytes = math.prod(self._shape) * self._dtype.itemsize
         self._map = SlotMap()
         self._used_bytes = 0
         self._closed = False
 
     @property
     def chunk_bytes(self) -> int:
+        return self._payload_bytes
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of what ``put`` takes for one chunk, without padding."""
         return self._payload_bytes
 
     @property
@@ -127,8 +135,15 @@ class SlotTier(Tier):
         assert chunks.dtype == self._dtype, f"chunks are {chunks.dtype}, this tier holds {self._dtype}"
 
 
+def item_format(chunk: int, head_dim: int, dtype: torch.dtype, bits: int | None) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype in which a tier keeps one chunk: as it is, or its record of ``bits`` bits a number."""
+    if bits is None:
+        return (2, chunk, head_dim), dtype
+    return (record_bytes(chunk, head_dim, bits),), torch.uint8
+
+
 def as_bytes(chunks: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """View ``chunks`` [n, 2, C, D], contiguous and on the CPU, as bytes [n, 2*C*D*itemsize]."""
+    """View ``chunks`` [n, 2, C, D] or records [n, bytes], contiguous and on the CPU, as bytes [n, bytes of one]."""
     assert chunks.device.type == "cpu"
     assert chunks.is_contiguous()
     array: npt.NDArray[np.uint8] = chunks.detach().flatten(1).view(torch.uint8).numpy()

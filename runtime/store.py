@@ -29,7 +29,7 @@ from kvtier.runtime.tier import Ids
 VERSION = 1
 """Of the on-disk layout."""
 
-_METADATA_BYTES = 10 * BLOCK_BYTES
+EMPTY_STORE_BYTES = 10 * BLOCK_BYTES
 """A store without chunks: four folders, three zarr.json, one more while it is replaced, two spare blocks."""
 
 
@@ -42,8 +42,8 @@ class StoreTier(SlotTier):
         Folder of the store; created if its parent exists. Several tiers, of several processes, can share it.
     budget
         ``[budget] disk``. Bytes are taken shard by shard, metadata included: the device never gives more.
-    chunk, head_dim, dtype
-        Of a chunk ``[2, C, D]``: tokens, elements, type.
+    chunk, head_dim, dtype, bits
+        Of a chunk ``[2, C, D]``: tokens, elements, type; bits a number of its record, None: kept as it is.
 
     Raises
     ------
@@ -55,18 +55,35 @@ class StoreTier(SlotTier):
 
     name = "disk"
 
-    def __init__(self, path: str | Path, budget: Budget, chunk: int, head_dim: int, dtype: torch.dtype) -> None:
-        super().__init__(budget, chunk, head_dim, dtype)
+    def __init__(
+        self,
+        path: str | Path,
+        budget: Budget,
+        chunk: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        bits: int | None = None,
+    ) -> None:
+        super().__init__(budget, chunk, head_dim, dtype, bits)
+        self._described = {
+            "version": VERSION,
+            "dtype": str(dtype).removeprefix("torch."),
+            "bits": bits,
+            "chunk": chunk,
+            "head_dim": head_dim,
+            "order": "K then V, [2, C, D]" if bits is None else "kvtier.kernels.quantize",
+            "payload_bytes": self._payload_bytes,
+        }
         zarr = _import_zarr()
-        self._layout = ShardLayout.fit(self._payload_bytes, max(0, budget.free_bytes - _METADATA_BYTES))
-        self._take(_METADATA_BYTES, f"an empty store at {path}")
+        self._layout = ShardLayout.fit(self._payload_bytes, max(0, budget.free_bytes - EMPTY_STORE_BYTES))
+        self._take(EMPTY_STORE_BYTES, f"an empty store at {path}")
         try:
             with _usable(Path(path)) as root:
                 _open_root(zarr, root)
                 _remove_stale_scratch(root)
                 self.scratch, self._lock_fd = self._make_scratch(zarr, root)
         except BaseException:
-            self._give(_METADATA_BYTES)
+            self._give(EMPTY_STORE_BYTES)
             raise
         self._metadata_path = self.scratch / "kv" / "zarr.json"
         self._metadata: dict[str, Any] = json.loads(self._metadata_path.read_text())
@@ -144,7 +161,7 @@ class StoreTier(SlotTier):
         # Whoever is killed between these lines leaves a few KiB.
         hidden, scratch = root / f"new-{name}", root / f"spill-{name}"
         try:
-            group = zarr.create_group(hidden, zarr_format=3, attributes={"kvtier": self._describe()})
+            group = zarr.create_group(hidden, zarr_format=3, attributes={"kvtier": self._described})
             record_bytes, n_records = self._layout.record_bytes, self._layout.n_records
             group.create_array(
                 "kv",
@@ -163,17 +180,6 @@ class StoreTier(SlotTier):
             shutil.rmtree(hidden, ignore_errors=True)
             raise
         return scratch, lock_fd
-
-    def _describe(self) -> dict[str, Any]:
-        _, chunk, head_dim = self._shape
-        return {
-            "version": VERSION,
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "chunk": chunk,
-            "head_dim": head_dim,
-            "order": "K then V, [2, C, D]",
-            "payload_bytes": self._payload_bytes,
-        }
 
 
 def _import_zarr() -> ModuleType:

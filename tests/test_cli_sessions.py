@@ -14,9 +14,9 @@ from test_run import config, context, folder  # noqa: F401  (fixtures)
 
 import kvtier
 from kvtier import cli, run
-from kvtier.cli import main
+from kvtier.cli import COMMANDS, main
 from kvtier.completion import SHELLS
-from kvtier.runtime.session_store import SessionStore
+from kvtier.runtime.library import Library
 
 QUESTIONS = ["--question", "w1 w2 ?", "--question", "w7 ?"]
 
@@ -98,7 +98,7 @@ def test_other_texts_and_settings_are_read_and_saved_beside(ask, context, store,
     _, _, err = ask("--context", context, "--session", store, "--question", "w1 ?")
     assert "it was read with [prefill] block = 64, here it is 32" in err
     (tmp_path / "kvtier.toml").write_text(text)
-    assert len(SessionStore(store).entries()) == 4
+    assert len(Library(store).entries()) == 4
     code, out, err = ask("--session", store, "--question", "w1 ?")
     assert (code, out) == (1, "")
     assert "holds 4 sequences, say which by its id" in err
@@ -113,7 +113,7 @@ def test_another_model_reads_for_itself(ask, context, store, folder, tmp_path): 
     assert code == 0
     assert f"made with other weights ({folder}; this model is {other})" in err
     assert "saved 901 tokens" in err
-    id = SessionStore(store).entries()[0].id
+    id = Library(store).entries()[0].id
     code, out, err = ask("--session", store, "--id", id, "--question", "w1 ?", model=str(other))
     assert (code, out) == (1, "")
     assert err.startswith("kvtier: the saved sequence ")
@@ -123,11 +123,41 @@ def test_another_model_reads_for_itself(ask, context, store, folder, tmp_path): 
 
 def test_a_damaged_session_is_an_error_and_not_read_again(ask, context, store):  # noqa: F811
     ask("--context", context, "--session", store, "--question", "w1 ?")
-    next(SessionStore(store).entry().path.glob("layers/0/kv/c.*")).unlink()
+    next(Library(store).entry().path.glob("codes/codes/c.*")).unlink()
     code, out, err = ask("--context", context, "--session", store, "--question", "w1 ?")
     assert (code, out) == (1, "")
-    assert "is damaged: layers/0/kv cannot be read" in err
+    assert "is damaged: " in err
+    assert "codes/codes/c." in err
     assert err.count("\n") == 1
+
+
+def test_damaged_chunks_are_an_error_when_they_are_read(ask, context, store):  # noqa: F811
+    _, answer, _ = ask("--context", context, "--session", store, "--question", "w1 ?")
+    (path,) = Library(store).entry().path.glob("kv/c.*")
+    whole, index = path.read_bytes(), 2 * 128 * 2 * 16 + 4
+    path.write_bytes(bytes(byte ^ 1 for byte in whole[:-index]) + whole[-index:])
+    code, out, err = ask("--context", context, "--session", store, "--question", "w1 ?")
+    assert code == 1
+    assert answer.strip() not in out
+    assert err.startswith("opened 901 tokens from ")
+    assert f"kvtier: the saved sequence {Library(store).entry().path} is damaged: {path} or " in err
+    assert "Traceback" not in err
+
+
+def test_a_durable_store_is_resumed(ask, context, store, tmp_path, config):  # noqa: F811
+    _, plain, _ = ask("--context", context, *QUESTIONS, "--json")
+    with open(config, "a") as file:
+        file.write(f'\n[store]\npath = "{store}"\nmode = "durable"\n')
+    read = []
+    for more in ([], [], ["--session", store]):
+        code, out, _ = ask("--context", context, *QUESTIONS, "--json", *more)
+        report = json.loads(out)
+        assert code == 0
+        assert report["answers"] == json.loads(plain)["answers"]
+        read.append(report["stats"]["prefill"]["resumed_tokens"])
+    assert read == [0, 901, 0]
+    assert report["session"]["opened"] is True  # what was read durably is a session like others
+    assert len(Library(store).entries()) == 1
 
 
 def test_questions_are_typed_on_a_session(ask, context, store, monkeypatch):  # noqa: F811
@@ -202,14 +232,14 @@ def test_inspect_prints_one_object(filled, capsys):
     assert [sequence["tokens"] for sequence in sequences] == [1500, 60]
     big = sequences[0]
     assert set(big) == {
-        *("id", "tokens", "bytes", "model", "model_class", "created", "dtype", "select", "settings", "problem")
+        *("id", "tokens", "complete", "parts", "bytes", "model", "model_class", "created", "dtype", "select"),
+        *("settings", "problem"),
     }
     files = [path for path in (filled / "sequences" / big["id"]).rglob("*") if path.is_file()]
-    record = filled / "sequences" / big["id"] / "zarr.json"
-    assert big["bytes"] == sum(path.stat().st_size for path in files if path != record)
+    assert big["bytes"] == sum(path.stat().st_blocks * 512 for path in files)  # files have holes
     assert big["bytes"] > 1500 * 2 * 2 * 2 * 16 * 2  # K and V of all tokens
     assert (big["model"], big["model_class"], big["dtype"]) == ("llama", "LlamaForCausalLM", "bfloat16")
-    assert big["problem"] is None
+    assert (big["problem"], big["complete"], big["parts"]) == (None, True, [])
     assert big["settings"]["[attention] chunk"] == 8
     age = datetime.now(UTC) - datetime.fromisoformat(big["created"])
     assert timedelta(0) <= age < timedelta(minutes=30)
@@ -235,7 +265,7 @@ def test_inspect_shows_what_is_damaged_and_what_is_empty(filled, tmp_path, capsy
     assert sequences[1]["id"] == record.parent.name
     assert sequences[1]["tokens"] is sequences[1]["bytes"] is None
     assert main(["inspect", str(copy)]) == 0
-    assert "damaged: the checksum of its commit record" in capsys.readouterr().out
+    assert "damaged: the checksum of its zarr.json is wrong" in capsys.readouterr().out
     shutil.rmtree(copy / "sequences")
     assert main(["inspect", str(copy)]) == 0
     assert capsys.readouterr().out == f"{copy} holds no saved sequence\n"
@@ -267,7 +297,7 @@ def test_every_help_ends_with_an_example_that_parses(command, capsys):
         words = [word.strip('"') for word in words.split()]
         if "--help" not in words:
             question = words.index("--question") + 2 if "--question" in words else len(words)
-            cli._parser().parse_args(words[:question])
+            cli.make_parser().parse_args(words[:question])
 
 
 # -- completion --------------------------------------------------------------------------------------------------------
@@ -299,7 +329,7 @@ def test_bash_completes_commands_options_and_files(tmp_path, capsys):
     (tmp_path / "book.txt").write_text("")
     (tmp_path / "books").mkdir()
     for line, expected in {
-        "kvtier ": {"demo", "run", "inspect", "completion", "--help", "--version"},
+        "kvtier ": {*COMMANDS, "--help", "--version"},
         "kvtier in": {"inspect"},
         "kvtier --v": {"--version"},
         "kvtier run --co": {"--context", "--config"},
@@ -319,7 +349,7 @@ def test_bash_completes_commands_options_and_files(tmp_path, capsys):
 
 def test_every_option_of_every_command_is_completed(tmp_path, capsys):
     script = completion("bash", capsys)
-    for name, command in cli._parser()._subparsers._group_actions[0].choices.items():
+    for name, command in cli.make_parser()._subparsers._group_actions[0].choices.items():
         options = {option for action in command._actions for option in action.option_strings if option.startswith("--")}
         assert completed(script, f"kvtier {name} --", tmp_path) == options
 
@@ -339,7 +369,7 @@ def test_fish_completes(tmp_path, capsys):
     (tmp_path / "books").mkdir()
     (tmp_path / "book.txt").write_text("")
     for line, expected in {
-        "kvtier ": {"demo", "run", "inspect", "completion"},
+        "kvtier ": set(COMMANDS),
         "kvtier run --co": {"--context", "--config"},
         "kvtier run model --session b": {"books/"},
         "kvtier run model --context b": {"books/", "book.txt"},

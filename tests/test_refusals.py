@@ -610,17 +610,22 @@ def test_a_file_that_is_no_toml(model, tmp_path):
         kvtier.offload(model, path)
 
 
-def test_a_durable_store(model, tmp_path):
-    message = r'\[store\] mode = "durable" is not supported yet: use "spill", and cache.save\(path\)'
+def test_a_durable_store_without_a_place(model):
+    message = r'\[store\] mode = "durable" needs \[store\] path: a directory to keep sequences in'
+    with refused(kvtier.ConfigError, message):
+        kvtier.offload(model, settings(store={"mode": "durable"}))
+
+
+@pytest.mark.parametrize(
+    "store", [{"mode": "durable"}, {"dtype": "int8"}, {"dtype": "int4"}], ids=["durable", "int8", "int4"]
+)
+def test_a_store_for_the_papers_rule(model, tmp_path, store):
+    """It keeps everything on the device, so there is nothing to write or to quantise."""
+    (key, value), *_ = store.items()
+    message = rf'\[store\] {key} = "{value}" does not go with \[attention\] method = "reattention".*: use method'
     with refused(Unsupported, message):
-        kvtier.offload(model, settings(store={"path": str(tmp_path / "store"), "mode": "durable"}))
-    assert not (tmp_path / "store").exists()
-
-
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_quantised_tiers(model, tmp_path, dtype):
-    with refused(Unsupported, rf'\[store\] dtype = "{dtype}" is not supported yet: use "auto"'):
-        kvtier.offload(model, settings(store={"path": str(tmp_path / "store"), "dtype": dtype}))
+        paper = {"method": "reattention"}
+        kvtier.offload(model, settings(attention=paper, store={"path": str(tmp_path / "store"), **store}))
     assert not (tmp_path / "store").exists()
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tier_contract import CHUNK, HEAD_DIM, TierContract, empty_chunks, ids_of, random_chunks, same_bits
 
+from kvtier.kernels.quantize import record_bytes
 from kvtier.runtime import host_pool
 from kvtier.runtime.budget import Budget
 from kvtier.runtime.device_pool import DevicePool
@@ -68,23 +69,34 @@ SLAB_CHUNKS = 5
 
 
 @contextmanager
-def small_slabs(budget: Budget, dtype: torch.dtype) -> Iterator[HostPool]:
+def small_slabs(budget: Budget, dtype: torch.dtype, bits: int | None = None) -> Iterator[HostPool]:
+    item_bytes = payload_bytes(dtype) if bits is None else record_bytes(CHUNK, HEAD_DIM, bits)
     with (
-        patch.object(host_pool, "SLAB_BYTES", SLAB_CHUNKS * payload_bytes(dtype) + 1),
+        patch.object(host_pool, "SLAB_BYTES", SLAB_CHUNKS * item_bytes + 1),
         patch.object(host_pool, "FEWEST_SLABS", 1),
     ):
-        pool = HostPool(budget, CHUNK, HEAD_DIM, dtype, pin=False)
+        pool = HostPool(budget, CHUNK, HEAD_DIM, dtype, pin=False, bits=bits)
     yield pool
     pool.close()
 
 
-class TestHostPool(TierContract):
+class HostContract(TierContract):
     @contextmanager
     def make(self, n_chunks: int, dtype: torch.dtype) -> Iterator[tuple[Tier, Budget]]:
-        budget = Budget("host", n_chunks * payload_bytes(dtype) + 100)
-        with small_slabs(budget, dtype) as pool:
+        budget = Budget("host", n_chunks * self.item_bytes(dtype) + 100)
+        with small_slabs(budget, dtype, self.bits) as pool:
             yield pool, budget
 
+
+class TestHostPoolOfInt8(HostContract):
+    bits = 8
+
+
+class TestHostPoolOfInt4(HostContract):
+    bits = 4
+
+
+class TestHostPool(HostContract):
     def test_slabs_are_allocated_when_needed(self) -> None:
         with self.make(12, torch.float32) as (tier, _):
             size = payload_bytes(torch.float32)
@@ -163,22 +175,49 @@ class TestHostPool(TierContract):
         budget = Budget("host", 2**24)
         pool = HostPool(budget, CHUNK, HEAD_DIM, torch.float16, pin=False)
         with (
-            patch.object(torch, "empty", side_effect=RuntimeError("can't allocate memory")),
+            patch.object(host_pool, "HostBlock", side_effect=MemoryError("can't allocate memory")),
             pytest.raises(BudgetError, match=r"Lower \[budget\] host"),
         ):
             pool.put(np.arange(1), random_chunks(1, torch.float16))
         assert (budget.used_bytes, len(pool)) == (0, 0)
 
 
-class TestStoreTier(TierContract):
+class StoreContract(TierContract):
     @contextmanager
     def make(self, n_chunks: int, dtype: torch.dtype) -> Iterator[tuple[Tier, Budget]]:
         # metadata, then records of 4 KiB in at least 8 shards, each with an index and a folder
         budget = Budget("disk", 10 * 4096 + 8 * 3 * 4096 + (n_chunks + 8) * 4096)
         with tempfile.TemporaryDirectory() as folder:
-            tier = StoreTier(folder, budget, CHUNK, HEAD_DIM, dtype)
+            tier = StoreTier(folder, budget, CHUNK, HEAD_DIM, dtype, bits=self.bits)
             yield tier, budget
             tier.close()
+
+
+class TestStoreTier(StoreContract):
+    pass
+
+
+class TestStoreTierOfInt8(StoreContract):
+    bits = 8
+
+
+class TestStoreTierOfInt4(StoreContract):
+    bits = 4
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("contract", [HostContract, StoreContract])
+def test_a_tier_of_records_refuses_chunks(contract: type[TierContract], bits: int) -> None:
+    """And the reverse: what was not quantised never gets where records are kept."""
+    records, chunks = contract(), contract()
+    records.bits = bits
+    with records.make(4, torch.float32) as (of_records, _), chunks.make(4, torch.float32) as (of_chunks, _):
+        wrong = [(of_records, chunks), (of_chunks, records)]
+        for tier, other in wrong:
+            with pytest.raises(AssertionError, match=r"expected \("):
+                tier.put(np.arange(2), other.items(2, torch.float32))
+            assert len(tier) == 0
+        assert of_records.chunk_bytes < of_chunks.chunk_bytes or of_chunks.name == "disk"  # a block of the device each
 
 
 class TestSlotMap:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kvtier import cli, families, generate
 from kvtier.forward import REFUSED as REFUSED_ARGUMENTS
+from kvtier.kernels.quantize import record_bytes
 from kvtier.runtime.summary import make_summary
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "usage.md"
@@ -175,6 +176,16 @@ def check_sessions(run, printed):
     assert re.fullmatch(r"[0-9a-f]{8,}", run.names["saved"])
 
 
+def check_durable(run, printed):
+    assert printed == "380 tokens were there, 0 read\n"
+    assert run.names["book"].n_rows == 1
+
+
+def check_smaller(run, printed):
+    heads = run.names["model"].config
+    assert printed == f"{record_bytes(32, heads.head_dim, 4)} bytes a chunk\n"
+
+
 CHECKS = {
     "Recipes": lambda run, printed: None,
     "Generate from a long prompt": check_generate,
@@ -190,6 +201,8 @@ CHECKS = {
     "See what happened": check_stats,
     "Compare with the paper's method, or with sinks and window alone": check_methods,
     "Keep what was read": check_sessions,
+    "Read a long text so that it can be interrupted": check_durable,
+    "Keep chunks smaller": check_smaller,
 }
 
 
@@ -216,7 +229,7 @@ def test_commands_on_the_page_are_commands():
     for line in lines:
         prompt, program, *arguments = shlex.split(line)
         assert (prompt, program) == ("$", "kvtier"), line
-        assert cli._parser().parse_args(arguments).run
+        assert cli.make_parser().parse_args(arguments).command in cli.COMMANDS
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
