@@ -132,7 +132,7 @@ class Advisor:
             summary = make_summary(
                 "sketch", chunk=f.geometry.chunk, head_dim=f.shape.head_dim, dtype=f.shape.dtype, rank=rank, bits=bits
             )
-            changed = f.changed(summary=summary, triton=f.triton)
+            changed = f.changed(summary=summary)
             if summary.chunk_bytes() < now and changed.fits(self.tokens, "device"):
                 kind = "" if self.config.summary.kind == "sketch" else 'kind = "sketch", '
                 yield (

@@ -137,6 +137,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         host=arguments.host,
         disk=arguments.disk,
         weights=arguments.weights,
+        rows=arguments.rows,
+        forks=arguments.forks,
         miss=arguments.miss,
         card=arguments.card,
         measured=arguments.measure,
@@ -157,7 +159,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from kvtier.remote import export_sequence
 
-    report = export_sequence(arguments.store, arguments.url, arguments.id, say=_say)
+    report = export_sequence(arguments.store, arguments.url, arguments.id, say=_say, force=arguments.force)
     print(json.dumps(report) if arguments.json else f"{report['id']} is at {report['url']}")
     return 0
 

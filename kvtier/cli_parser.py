@@ -20,6 +20,8 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for add in (_add_demo, _add_run, _add_plan, _add_inspect, _add_verify, _add_export, _add_restore, _add_completion):
         command = add(commands)
+        if command.name != "completion":
+            command.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
         parser.commands[command.name] = command
     return parser
 
@@ -109,7 +111,6 @@ def _add_demo(commands: Any) -> Parser:
     demo.add_argument("--seed", type=int, help="of the facts; default: fresh facts at each run")
     demo.add_argument("--store", metavar="DIR", help="where the disk tier goes; default: a temporary directory")
     demo.add_argument("--device", default="cpu", help='"cpu" (the default) or "cuda"')
-    demo.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     return demo
 
 
@@ -147,7 +148,6 @@ def _add_run(commands: Any) -> Parser:
     run.add_argument("--max-new-tokens", type=tokens_of, default=256, metavar="N", help="length of an answer (256)")
     run.add_argument("--device", default=None, help='"cuda" or "cpu"; default: cuda if there is one')
     run.add_argument("--dtype", default="auto", help='of the weights: "auto" (as stored), "bfloat16", "float32", ...')
-    run.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     return run
 
 
@@ -160,7 +160,6 @@ def _add_inspect(commands: Any) -> Parser:
         "disk, the model it belongs to and when it was saved. Loads no model.",
     )
     inspect.add_argument("store", metavar="STORE", help="the folder")
-    inspect.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     return inspect
 
 
@@ -178,13 +177,14 @@ def _add_plan(commands: Any) -> Parser:
     plan.add_argument("--device", default=None, help='"cuda" or "cpu"; default: cuda if there is one')
     for tier in ("gpu", "host", "disk"):
         plan.add_argument(f"--{tier}", metavar="SIZE", help=f"[budget] {tier} in place of the configuration's")
+    plan.add_argument("--rows", type=int, default=1, metavar="N", help="sequences of a batch, each so long (1)")
+    plan.add_argument("--forks", type=int, default=0, metavar="N", help="forks held beside them (0)")
     plan.add_argument("--weights", default="auto", help='of the weights: "auto" (as stored), "bf16", "int8", "int4"')
     plan.add_argument(
         "--miss", type=float, default=0.5, metavar="SHARE", help="of chosen chunks that the GPU does not hold (0.5)"
     )
     plan.add_argument("--card", metavar="NAME", help="assume this card's bandwidths; default: the one that is here")
     plan.add_argument("--measure", action="store_true", help="measure this machine's bandwidths first (30 s)")
-    plan.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     return plan
 
 
@@ -197,7 +197,6 @@ def _add_verify(commands: Any) -> Parser:
         "damaged. Loads no model, changes nothing.",
     )
     verify.add_argument("store", metavar="STORE", help="the folder")
-    verify.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     return verify
 
 
@@ -212,7 +211,7 @@ def _add_export(commands: Any) -> Parser:
     export.add_argument("store", metavar="STORE", help="the folder")
     export.add_argument("url", metavar="URL", help="where to, such as s3://bucket/books")
     export.add_argument("--id", metavar="ID", help="which one, where STORE holds several: see kvtier inspect STORE")
-    export.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    export.add_argument("--force", action="store_true", help="send files again that are there already")
     return export
 
 
@@ -226,7 +225,6 @@ def _add_restore(commands: Any) -> Parser:
     restore.add_argument("url", metavar="URL", help="where from, such as s3://bucket/books")
     restore.add_argument("store", metavar="STORE", help="the folder; made if need be")
     restore.add_argument("--id", metavar="ID", help="which one, where the URL holds several")
-    restore.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     return restore
 
 

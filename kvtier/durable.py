@@ -51,18 +51,14 @@ def read(
     cache, resumed = kv._wrap([sequence]), sequence.length
     on_block(resumed)
     try:
-        files, last = None, NOTHING
-        if found is not None and found.entry.id == id:
-            entry = found.entry
-            assert entry.commit is not None
-            files, last = SequenceFiles(entry.path, layout_of(entry.attributes)), entry.commit
-        if resumed == len(ids):
-            if files is not None and not last.complete:  # killed between the last block and this
-                Committer(engine_of(kv), files, last, None).commit(sequence, complete=True)
-            return cache, resumed
-        if files is None:
-            files = new_files(kv, library, id, attributes, inherited(engine_of(kv), sequence, library))
-        _Writing(kv, files, last, budget, sequence, on_block).feed(cache, ids[None, resumed:])
+        own = found.entry if found is not None and found.entry.id == id else None
+        last = NOTHING if own is None or own.commit is None else own.commit
+        files = None if own is None else SequenceFiles(own.path, layout_of(own.attributes))
+        if resumed < len(ids):
+            files = files or new_files(kv, library, id, attributes, inherited(engine_of(kv), sequence, library))
+            _Writing(kv, files, last, budget, sequence, on_block).feed(cache, ids[None, resumed:])
+        elif files is not None and not last.complete:  # killed between the last block and this
+            Committer(engine_of(kv), files, last, None).commit(sequence, complete=True)
     except StoreError:
         raise
     except OSError as error:

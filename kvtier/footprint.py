@@ -78,7 +78,7 @@ class Footprint:
 
     Attributes
     ----------
-    triton : selection runs in Triton, which takes scratch
+    on_gpu : selection runs in Triton there, which takes scratch, but for exact keys
     rows : sequences, each as long as the context
     forks : forks held beside them, each of which has gone on
     saved : bytes that the store holds already
@@ -91,7 +91,7 @@ class Footprint:
     budgets: Budgets
     bits: int | None
     durable: bool
-    triton: bool
+    on_gpu: bool
     rows: int = 1
     forks: int = 0
     saved: int = 0
@@ -99,7 +99,7 @@ class Footprint:
 
     @classmethod
     def of(
-        cls, anatomy: Anatomy, geometry: Geometry, config: Config, budgets: Budgets, triton: bool, **more: Any
+        cls, anatomy: Anatomy, geometry: Geometry, config: Config, budgets: Budgets, on_gpu: bool, **more: Any
     ) -> "Footprint":
         """From what ``kvtier.offload`` would see. ``more`` : rows, forks, saved."""
         runtime = Runtime(config, anatomy, geometry, Budgets(ENOUGH, ENOUGH, None))
@@ -114,7 +114,7 @@ class Footprint:
             budgets,
             store.bits,
             store.mode == "durable",
-            triton and summary.kernel_kind != "exact",
+            on_gpu,
             **more,
         )
 
@@ -162,13 +162,14 @@ class Footprint:
         one = summaries_bytes(self.shape, self.summary, retired)
         tail = slab_bytes(self.summary.layout(), self.shape.n_kv_heads) if retired % SLAB_CHUNKS else 0
         of_a_fork = self.n_full * (tail if retired else moment_bytes(self.shape, self.summary))
+        in_triton = self.on_gpu and self.summary.kernel_kind != "exact"
         lines = {
             "windows": sizes.ring * self.rows,
             "scratch": sizes.scratch,
             "rotary": sizes.rotary,
             "summaries": self.rows * one + self.forks * of_a_fork,
             "fitting": max(0, sizes.summaries - one),
-            "selection": selection_bytes(self.shape, self.geometry, self.summary, tokens) if self.triton else 0,
+            "selection": selection_bytes(self.shape, self.geometry, self.summary, tokens) if in_triton else 0,
             "pool": sizes.pool_slots * sizes.chunk_bytes,
         }
         used = sum(lines.values()) - lines["fitting"]

@@ -66,17 +66,20 @@ def outline(model: str | os.PathLike[str], weights: str = "auto") -> Outline:
     """
     if weights not in ("auto", *DTYPES, *BITS):
         raise ConfigError(f"weights {weights!r} are not known: auto, bfloat16, float16, float32, int8 or int4")
-    path = Path(model)
+    path = Path(model).expanduser()
+    is_path = path.is_absolute() or path.suffix in (".gguf", ".json") or str(model).startswith(".")
+    if is_path and not path.exists():
+        raise KvtierError(f"cannot read the config of {str(model)!r}: there is no such file or folder")
     is_gguf = path.suffix == ".gguf"
     try:
-        where, gguf = (path.parent, {"gguf_file": path.name}) if is_gguf else (model, {})
+        where, gguf = (path.parent, {"gguf_file": path.name}) if is_gguf else (path if path.exists() else model, {})
         config: Any = AutoConfig.from_pretrained(where, trust_remote_code=False, **gguf)
         facts: dict[str, Any] = config.to_dict()
         dtype, notes = _dtype_of(facts.get("dtype"), weights, is_gguf)
         with torch.device("meta"):
             empty = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype, attn_implementation="eager").eval()
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise KvtierError(f"cannot read the config of {str(model)!r}: {_one_line(error)}") from error
+        raise KvtierError(f"transformers cannot read the config of {str(model)!r}: {_one_line(error)}") from error
     anatomy = examine(empty)
     bits = BITS.get(weights) or (stored_bits(facts) if weights == "auto" else None)
     roles = _roles(empty)

@@ -96,9 +96,10 @@ def plan(
     geometry = resolve_geometry(settings, trained_window(seen.config))
     budgets, problems = _Resolving(where, seen.weight_bytes, settings, given).budgets()
     saved = 0 if "disk" in given else _saved_before(settings)
-    triton = where == "cuda"
-    footprint = Footprint.of(seen.anatomy, geometry, settings, budgets, triton, rows=rows, forks=forks, saved=saved)
-    bandwidths = measure(where, settings.store.path, say) if measured else assumed(where, card)
+    held = {"rows": rows, "forks": forks, "saved": saved}
+    footprint = Footprint.of(seen.anatomy, geometry, settings, budgets, where == "cuda", **held)
+    path = None if settings.store.path == ELSEWHERE else settings.store.path
+    bandwidths = measure(where, path, say) if measured else assumed(where, card)
     tiers = {n: _tier(t, problems.get(n)) for n, t in footprint.tiers(tokens).items()}
     return {
         "model": _model(seen),
@@ -329,7 +330,7 @@ def table(report: dict[str, Any]) -> str:
     ]
     for name, tier in report["tiers"].items():
         lines += _tier_lines(name, tier)
-    lines += ["", *_rate_lines(report["rates"]), ""]
+    lines += ["", *_rate_lines(report["rates"], report["device"]), ""]
     for title in ("advice", "notes"):
         lines += [f"{title}:", *(f"- {line}" for line in report[title]), ""] if report[title] else []
     return "\n".join(lines[:-1])
@@ -353,7 +354,8 @@ def _tier_lines(name: str, tier: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _rate_lines(r: dict[str, Any]) -> list[str]:
+def _rate_lines(r: dict[str, Any], device: str) -> list[str]:
+    names = RESOURCES | ({"device_memory": "memory"} if device == "cpu" else {})
     prefill, decode, bw = r["prefill"], r["decode"], r["bandwidths"]
     minutes = prefill["seconds"] / 60
     took = f"{minutes:.3g} min" if minutes < 120 else f"{minutes / 60:.3g} h"
@@ -362,18 +364,17 @@ def _rate_lines(r: dict[str, Any]) -> list[str]:
     lines = [
         f"at best, on {bw['device']}, with {100 * r['miss']:.0f}% of the chosen chunks missing in the pool",
         f"read     {prefill['tokens_per_s']:,.0f} tokens/s, {took} in all (bound by the "
-        f"{RESOURCES[prefill['bound']]}); for a block of {prefill['block']} tokens, on average:",
-        *_term_lines(prefill["terms"]),
+        f"{names[prefill['bound']]}); for a block of {prefill['block']} tokens, on average:",
+        *_term_lines(prefill["terms"], names),
         f"answer   {decode['ms_per_token']:.3g} ms a token, {decode['tokens_per_s']:.3g} tokens/s (bound by the "
-        f"{RESOURCES[decode['bound']]}); for one token:",
-        *_term_lines(decode["terms"]),
+        f"{names[decode['bound']]}); for one token:",
+        *_term_lines(decode["terms"], names),
         f"rates: {bw['source']}",
     ]
     return lines
 
 
-def _term_lines(terms: list[dict[str, Any]]) -> list[str]:
+def _term_lines(terms: list[dict[str, Any]], names: dict[str, str]) -> list[str]:
     return [
-        f"  {RESOURCES[t['resource']]:<22}{t['what']:<38}{t['arithmetic']:<34}{1e3 * t['seconds']:>9.3f} ms"
-        for t in terms
+        f"  {names[t['resource']]:<22}{t['what']:<38}{t['arithmetic']:<34}{1e3 * t['seconds']:>9.3f} ms" for t in terms
     ]

@@ -102,7 +102,8 @@ def decode_terms(footprint: Footprint, outline: Outline, tokens: int, bw: Bandwi
     yield Term("weights", "device_memory", min(rows * outline.step_bytes, outline.weight_bytes), bw.device_memory)
     yield Term("summaries", "device_memory", rows * m.summary_bytes, bw.device_memory)
     yield Term("attended K and V", "device_memory", rows * m.attended_bytes, bw.device_memory)
-    yield Term("missed chunks", "link_up", rows * miss * m.chosen * footprint.item_bytes, bw.link_up)
+    link = rows * miss * m.chosen * footprint.item_bytes
+    yield Term("missed chunks", _link(footprint, "link_up"), link, bw.link_up)
     from_disk = rows * miss * m.chosen_on_disk * _record(footprint)
     yield Term("missed chunks that only the disk has", "disk", from_disk, bw.disk_read)
 
@@ -119,13 +120,19 @@ def prefill_terms(footprint: Footprint, outline: Outline, tokens: int, bw: Bandw
     yield Term("attention", "matmul", 4.0 * shape.n_heads * shape.head_dim * m.attended * block, bw.matmul)
     choosing = len(g.choosing(block))
     yield Term("selection", "matmul", 2.0 * shape.n_heads * choosing * m.scored, bw.matmul)
-    yield Term("missed chunks", "link_up", miss * m.chosen * f.item_bytes, bw.link_up)
+    yield Term("missed chunks", _link(f, "link_up"), miss * m.chosen * f.item_bytes, bw.link_up)
     share = block / tokens / f.rows
-    yield Term("chunks that leave the window", "link_down", share * f.chunks(tokens) * f.item_bytes, bw.link_down)
+    leaving = share * f.chunks(tokens) * f.item_bytes
+    yield Term("chunks that leave the window", _link(f, "link_down"), leaving, bw.link_down)
     disk = f.disk(tokens)
-    if disk is not None:
+    if disk is not None and disk.chunks:
         yield Term("missed chunks that only the disk has", "disk", miss * m.chosen_on_disk * _record(f), bw.disk_read)
         yield Term("written to the disk", "disk", share * (disk.on_device - f.saved), bw.disk_append)
+
+
+def _link(footprint: Footprint, direction: str) -> str:
+    """What a transfer between the host pool and the device uses: on the CPU, where there is no link, the memory."""
+    return direction if footprint.on_gpu else "device_memory"
 
 
 def _record(footprint: Footprint) -> int:

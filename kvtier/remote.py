@@ -219,8 +219,10 @@ class _Export:
         entry, nbytes = self._entry, sum(self.files.values())
         progress.total_bytes += nbytes
         progress.say(f"{entry.id}: {entry.tokens:,} tokens, {len(self.files)} files, {format_bytes(nbytes)} to send")
+        # What is replaced goes before the marker says whose files are there: sizes do not tell old ones from new ones.
+        replaced = [name for name in (*COMMITS, *self.files) if name in self._there]
+        remote.remove(f"{self._folder}/{name}" for name in dict.fromkeys(replaced))
         remote.write(f"{self._folder}/{UNFINISHED}", self._digest)
-        remote.remove(f"{self._folder}/{name}" for name in COMMITS if name in self._there)
         remote.send(entry.path, self._folder, self.files, progress)
         self._check(remote)
         for name in COMMITS:

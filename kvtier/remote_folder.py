@@ -45,6 +45,9 @@ CREDENTIALS = {
 SHOWN_OPTIONS = {"endpoint_url", "region_name", "default_region", "project", "signature_version"}
 """Options whose values may appear in messages."""
 
+USER = "://([^/]*|[^?]*:[^?]*)@"
+"""Before the host of a URL; a password may hold a slash."""
+
 Say = Callable[[str], None]
 Item = TypeVar("Item")
 
@@ -83,7 +86,7 @@ class RemoteFolder:
 
     def __init__(self, url: str, options: Mapping[str, Any] | None) -> None:
         self._secrets = _secrets_of(url, options or {})
-        shown = re.sub(r"\?.*", "?***", re.sub(r"://[^/]*@", "://***@", url))
+        shown = re.sub(r"\?.*", "?***", re.sub(USER, "://***@", url) if "://" in url else re.sub(".*@", "***@", url))
         self.url = shown if shown.endswith("://") else shown.rstrip("/")
         """For people: without secrets."""
         self._protocol = url.partition("://")[0]
@@ -126,7 +129,7 @@ class RemoteFolder:
             if info["type"] != "file" or not name or path.endswith("/"):
                 continue  # some drivers list the folder itself
             if any(part in ("", ".", "..") for part in name.split("/")):
-                raise StoreError(f"{self.url} holds a file with the name {path!r}, which kvtier did not write")
+                raise StoreError(f"{self.url} holds a file with the name {name!r}, which kvtier did not write")
             sizes[name] = int(info["size"])
         return sizes
 
@@ -295,7 +298,7 @@ class _Incoming:
 def _secrets_of(url: str, options: Mapping[str, Any]) -> list[str]:
     """What may not appear in a message: user and password of the URL, values of its query and of options."""
     found = set()
-    for user in re.findall(r"://([^/]*)@", url):
+    for user in re.findall(USER, url):
         found |= {user, *user.split(":")}
     for query in re.findall(r"\?(.*)", url):
         found |= {part.partition("=")[2] for part in query.split("&")}

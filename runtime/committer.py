@@ -174,11 +174,14 @@ class Committer:
 
 
 def retired_everywhere(engine: TieredEngine, sequence: TieredSequence) -> int:
-    """Chunks that have left the window in every layer; after a block that failed half-way some have left in a few."""
+    """Chunks that have left the window, the same in every layer but after a block that failed half-way.
+
+    Raises UnsupportedError then: a layer where they have left holds later tokens in their place.
+    """
     layers = [sequence.layers[layer] for layer in engine.shape.full_layers]
-    if len({chunks.fitted is None for chunks in layers}) > 1:
+    if len({(chunks.fitted is None, chunks.retired) for chunks in layers}) > 1:
         raise UnsupportedError("the last call on this cache failed half-way: call it again, then save it")
-    return min((chunks.retired for chunks in layers), default=0)
+    return layers[0].retired if layers else 0
 
 
 def save_chunks(engine: TieredEngine, sequence: TieredSequence, files: SequenceFiles, first: int | None = None) -> None:

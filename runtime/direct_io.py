@@ -6,68 +6,50 @@ is waited for in one call that holds no interpreter lock. Of three engines, the 
 Linux native AIO with O_DIRECT; four threads with O_DIRECT; the page cache, told in advance what will be read.
 """
 
+import bisect
 import contextlib
-import ctypes
 import errno
-import functools
 import mmap
 import os
-import platform
-import queue
 import shutil
-import sys
 import tempfile
 import threading
-import time
 import warnings
-from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from kvtier.runtime.budget import format_bytes
+from kvtier.runtime.direct_lanes import (
+    BLOCK_BYTES,
+    MAX_REQUESTS,
+    N_THREADS,
+    AioLane,
+    Bytes,
+    CallLane,
+    Lane,
+    Piece,
+    Tasks,
+    TransferError,
+    libc,
+    open_locked,
+    start_threads,
+)
 from kvtier.runtime.errors import StoreError
 from kvtier.runtime.tier import Ids
 
-BLOCK_BYTES = 4096
-"""Alignment of records, in memory and in files."""
 REQUEST_BYTES = 2**20
 """Neighbours are merged up to this size."""
 STAGING_BYTES = 4 * 2**20
 """Of one staging buffer: there are two for reads and two for writes. More only for records that are larger."""
 SMALL_PIECE_BYTES = 2**20
-HUGE_PAGE_BYTES = 2 * 2**20
-MAX_REQUESTS = 256
-"""Of one piece. Four times this counts against the machine's fs.aio-max-nr, usually 65,536."""
 MAX_OPEN_FILES = 128
 """Descriptors kept open at once, half of them for reads; the usual soft limit of a process is 1,024."""
-N_THREADS = 4
-PATIENCE_SECONDS = 10.0
-"""With a kernel that takes no request although none of ours is under way."""
 
 AIO, THREADS, BUFFERED = "native AIO, direct", "threads, direct", "threads, buffered"
 
-Bytes = npt.NDArray[np.uint8]
-Tasks = queue.SimpleQueue[Callable[[], None] | None]
-
-_SYSCALLS = {
-    "x86_64": {"io_setup": 206, "io_destroy": 207, "io_getevents": 208, "io_submit": 209},
-    "aarch64": {"io_setup": 0, "io_destroy": 1, "io_submit": 2, "io_getevents": 4},
-}
-# struct iocb and struct io_event of linux/aio_abi.h on little-endian machines
-_IOCB = np.dtype(
-    {
-        "names": ["tag", "opcode", "fd", "memory", "nbytes", "offset"],
-        "formats": ["<u8", "<u2", "<u4", "<u8", "<i8", "<i8"],
-        "offsets": [0, 16, 20, 24, 32, 40],
-        "itemsize": 64,
-    }
-)
-_EVENT = np.dtype([("tag", "<i8"), ("iocb", "<u8"), ("result", "<i8"), ("result2", "<i8")])
 _MEANINGS: dict[int | None, tuple[str, str]] = {  # and what to do
     errno.ENOENT: ("Something removed it while kvtier used it.", "leave the folder to kvtier"),
     errno.EMFILE: ("This process has too many files open.", "raise its limit (ulimit -n)"),
@@ -78,234 +60,16 @@ _MEANINGS: dict[int | None, tuple[str, str]] = {  # and what to do
 _warned: set[str] = set()  # of these reasons this process was told
 
 
-class _TransferError(Exception):
-    """Request ``index`` of a piece failed because of ``cause``."""
-
-    def __init__(self, index: int, cause: Exception) -> None:
-        super().__init__(index, cause)
-        self.index = index
-        self.cause = cause
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Requests [q] that share a staging buffer, and the caller's rows [r] that are in it."""
-
-    which: Ids
-    """File of a request, by the caller's numbers."""
-    offsets: Ids
-    """In the file, in bytes."""
-    places: Ids
-    """In the staging buffer, in bytes."""
-    lengths: Ids
-    """In bytes."""
-    rows: Ids
-    slots: Ids
-    """Record of each row in the staging buffer."""
-
-
-class _Lane(ABC):
-    """A staging buffer and the requests of one piece between it and files.
-
-    ``start`` and ``finish`` raise _TransferError; ``settle`` is due then, and after any other exception.
-    """
-
-    def __init__(self, nbytes: int, writes: bool) -> None:
-        self.memory = _staging(nbytes)
-        self._writes = writes
-
-    @abstractmethod
-    def start(self, fds: Ids, piece: _Piece) -> None:
-        """Begin; ``fds`` [q] stay open until ``finish``."""
-
-    @abstractmethod
-    def finish(self) -> None:
-        """Wait until all is done."""
-
-    @abstractmethod
-    def settle(self) -> None:
-        """Return when no request is under way any more, whatever happened before."""
-
-    def close(self) -> None:
-        self.settle()
-
-    def _transfer(self, fd: int, memory: Bytes, offset: int, done: int = 0) -> None:
-        """Read or write what is missing of a request."""
-        call = os.pwritev if self._writes else os.preadv
-        while done < len(memory):
-            n = call(fd, [memory[done:].data], offset + done)
-            if n < BLOCK_BYTES:
-                reason = f"{done + n} of {len(memory)} bytes transferred, the file is too short"
-                raise OSError(errno.EIO, reason)
-            done += n // BLOCK_BYTES * BLOCK_BYTES  # O_DIRECT goes on at whole blocks only
-
-
-class _AioLane(_Lane):
-    """Linux native AIO. Raises OSError where it is not to be had."""
-
-    def __init__(self, nbytes: int, writes: bool) -> None:
-        super().__init__(nbytes, writes)
-        self._context = np.zeros(1, np.uint64)
-        self._iocbs = np.zeros(MAX_REQUESTS, _IOCB)
-        self._iocbs["tag"] = np.arange(MAX_REQUESTS)
-        self._iocbs["opcode"] = int(writes)  # IOCB_CMD_PREAD is 0, IOCB_CMD_PWRITE is 1
-        self._addresses = self._iocbs.ctypes.data + np.arange(MAX_REQUESTS) * _IOCB.itemsize
-        self._events = np.zeros(MAX_REQUESTS, _EVENT)
-        self._n = self._n_submitted = self._n_done = 0
-        self._busy = False
-        self._set_up()
-
-    def _set_up(self) -> None:
-        _syscall("io_setup", MAX_REQUESTS, self._context.ctypes.data)
-
-    def start(self, fds: Ids, piece: _Piece) -> None:
-        self.settle()
-        if not self._context[0]:
-            self._set_up()
-        iocbs = self._iocbs[: len(fds)]
-        iocbs["fd"], iocbs["offset"], iocbs["nbytes"] = fds, piece.offsets, piece.lengths
-        iocbs["memory"] = self.memory.ctypes.data + piece.places
-        self._n, self._n_submitted, self._n_done = len(fds), 0, 0
-        self._busy = True
-        self._submit()
-
-    def finish(self) -> None:
-        self._reap(0)
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while self._n_done < self._n:
-            self._submit()
-            if n_running := self._n_submitted - self._n_done:
-                self._reap(n_running if self._n_submitted == self._n else 1)
-                deadline = time.monotonic() + PATIENCE_SECONDS
-            elif time.monotonic() > deadline:
-                raise _TransferError(self._n_submitted, OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
-            else:
-                time.sleep(1e-3)
-        self._busy = False
-
-    def settle(self) -> None:
-        # Not by counting what runs: Ctrl-C can come between a system call and the note of its result.
-        if self._busy:
-            self.close()
-
-    def close(self) -> None:
-        if self._context[0]:
-            with contextlib.suppress(OSError):
-                _syscall("io_destroy", int(self._context[0]))  # returns when nothing runs any more
-            self._context[0] = 0
-        self._busy = False
-
-    def _submit(self) -> None:
-        """Hand over as much as the kernel takes now."""
-        while (n_left := self._n - self._n_submitted) > 0:
-            first = self._addresses[self._n_submitted :]
-            try:
-                # Writes may wait here for space in the file, reads do not.
-                n = _syscall("io_submit", int(self._context[0]), n_left, first.ctypes.data, locked=not self._writes)
-            except OSError as error:
-                if error.errno in (errno.EAGAIN, errno.EINTR):
-                    return
-                raise _TransferError(self._n_submitted, error) from error
-            self._n_submitted += n
-
-    def _reap(self, fewest: int) -> None:
-        """Wait for ``fewest`` requests; see to all that are done."""
-        most = self._n_submitted - self._n_done
-        if not most:
-            return
-        try:
-            address = self._events.ctypes.data
-            n = _syscall("io_getevents", int(self._context[0]), fewest, most, address, locked=fewest == 0)
-        except InterruptedError:  # the signal's handler runs before the next call
-            return
-        self._n_done += n
-        events = self._events[:n]
-        for event in events[events["result"] != self._iocbs["nbytes"][events["tag"]]]:
-            self._complete(int(event["tag"]), int(event["result"]))
-
-    def _complete(self, index: int, result: int) -> None:
-        """Transfer the rest of a request that ended early, or say why it failed."""
-        iocb = self._iocbs[index]
-        place = int(iocb["memory"]) - self.memory.ctypes.data
-        memory = self.memory[place : place + int(iocb["nbytes"])]
-        try:
-            if result < 0:
-                raise OSError(-result, os.strerror(-result))
-            self._transfer(int(iocb["fd"]), memory, int(iocb["offset"]), result // BLOCK_BYTES * BLOCK_BYTES)
-        except OSError as error:
-            raise _TransferError(index, error) from error
-
-
-class _CallLane(_Lane):
-    """``preadv`` and ``pwritev``: in threads that take ``tasks``, else in the caller's, reads announced in advance."""
-
-    def __init__(self, nbytes: int, writes: bool, tasks: Tasks | None) -> None:
-        super().__init__(nbytes, writes)
-        self._tasks = tasks
-        self._changed = threading.Condition()
-        self._requests: list[tuple[int, int, int, int]] = []
-        self._todo: Iterator[int] | None = None  # indices, shared by the workers; another object for each piece
-        self._n_workers = self._n_left = 0
-        self._failed: _TransferError | None = None
-
-    def start(self, fds: Ids, piece: _Piece) -> None:
-        self.settle()
-        columns = (fds, piece.offsets, piece.places, piece.lengths)
-        self._requests = list(zip(*(column.tolist() for column in columns), strict=True))
-        self._n_left, self._failed = len(fds), None
-        self._todo = todo = iter(range(len(fds)))
-        if self._tasks is not None:
-            for _ in range(N_THREADS):
-                self._tasks.put(functools.partial(self._work, todo))
-        elif not self._writes:
-            for fd, offset, _, length in self._requests:
-                os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
-
-    def finish(self) -> None:
-        if self._tasks is None and self._todo is not None:
-            self._work(self._todo)
-        with self._changed:
-            self._changed.wait_for(lambda: not self._n_left or self._failed)
-            if self._failed:
-                raise self._failed
-
-    def settle(self) -> None:
-        with self._changed:
-            self._todo = None  # tasks that still wait for a thread are void
-            self._changed.wait_for(lambda: not self._n_workers)
-
-    def _work(self, todo: Iterator[int]) -> None:
-        with self._changed:
-            if todo is not self._todo:
-                return
-            self._n_workers += 1
-        n_done, index, failed = 0, 0, None
-        try:
-            for index in todo:
-                if todo is not self._todo:
-                    break
-                fd, offset, place, length = self._requests[index]
-                self._transfer(fd, self.memory[place : place + length], offset)
-                n_done += 1
-        except Exception as error:  # raised in the caller's thread
-            failed = _TransferError(index, error)
-        finally:
-            with self._changed:
-                self._n_workers -= 1
-                self._n_left -= n_done
-                self._failed = self._failed or failed
-                self._changed.notify_all()
-
-
 class _Side:
     """Reads, or writes: two lanes that take turns, and their open files. One batch at a time."""
 
-    def __init__(self, verb: str, lanes: Sequence[_Lane], flags: int) -> None:
+    def __init__(self, verb: str, lanes: Sequence[Lane], flags: int) -> None:
         self.lock = threading.Lock()
         self._verb = verb
         self._lanes = lanes
         self._flags = flags | os.O_CLOEXEC
         self._fds: OrderedDict[Path, int] = OrderedDict()  # least recently used first
+        self._closed = False
         self._fds_lock = threading.Lock()  # files are forgotten while a batch of others runs
 
     @contextlib.contextmanager
@@ -324,35 +88,36 @@ class _Side:
         memory = self._lanes[turn % 2].memory
         return memory[: len(memory) // record_bytes * record_bytes].reshape(-1, record_bytes)
 
-    def start(self, turn: int, files: Sequence[Path], piece: _Piece) -> None:
+    def start(self, turn: int, files: Sequence[Path], piece: Piece) -> None:
         numbers = piece.which.tolist()
         fds = {number: self.fd(files[number]) for number in dict.fromkeys(numbers)}
         with self._explained(files, piece):
             self._lanes[turn % 2].start(np.array([fds[number] for number in numbers]), piece)
 
-    def finish(self, turn: int, files: Sequence[Path], piece: _Piece) -> None:
+    def finish(self, turn: int, files: Sequence[Path], piece: Piece) -> None:
         with self._explained(files, piece):
             self._lanes[turn % 2].finish()
 
     @contextlib.contextmanager
-    def _explained(self, files: Sequence[Path], piece: _Piece) -> Iterator[None]:
+    def _explained(self, files: Sequence[Path], piece: Piece) -> Iterator[None]:
         try:
             yield
-        except _TransferError as failed:
+        except TransferError as failed:
             i = failed.index
             file, offset, nbytes = files[piece.which[i]], int(piece.offsets[i]), int(piece.lengths[i])
             raise _explain(file, self._verb, offset, nbytes, failed.cause) from failed.cause
 
     def fd(self, file: Path) -> int:
-        """The file's descriptor, which stays open while the next piece starts: see ``RecordIO._plan``."""
+        """The file's descriptor, which stays open until the next piece has started and this one is done."""
         with self._fds_lock:
+            assert not self._closed, "this RecordIO is closed"
             if file in self._fds:
                 self._fds.move_to_end(file)
                 return self._fds[file]
             if len(self._fds) >= 2 * _files_of_a_piece():
-                os.close(self._fds.popitem(last=False)[1])
+                libc("close", True)(self._fds.popitem(last=False)[1])
             try:
-                fd = self._fds[file] = os.open(file, self._flags)
+                fd = self._fds[file] = open_locked(file, self._flags)
             except OSError as error:
                 raise _explain(file, self._verb, 0, 0, error) from error
             return fd
@@ -364,6 +129,7 @@ class _Side:
 
     def close(self) -> None:
         with self.lock:
+            self._closed = True
             closing = [threading.Thread(target=lane.close) for lane in self._lanes]
             for thread in closing:  # at once: io_destroy takes 30 ms
                 thread.start()
@@ -382,7 +148,7 @@ class RecordIO:
     Parameters
     ----------
     folder
-        Exists. A temporary file of one block, which is removed, shows which engine serves.
+        Exists; may be read-only if it has files. One of them, else a temporary one, shows which engine serves.
     payload_bytes
         Bytes of a record that mean something. Padding is written as zeros.
 
@@ -408,9 +174,9 @@ class RecordIO:
         self.path_name, lanes = _engine_of(folder, staging_bytes)
         direct = 0 if self.path_name == BUFFERED else os.O_DIRECT
         if self.path_name == THREADS:
-            self._tasks = _start_threads()
+            self._tasks = start_threads()
         if not lanes:
-            lanes = [_CallLane(staging_bytes, writes, self._tasks) for writes in (False, False, True, True)]
+            lanes = [CallLane(staging_bytes, writes, self._tasks) for writes in (False, False, True, True)]
         self._reads = _Side("read", lanes[:2], os.O_RDONLY | direct)
         self._writes = _Side("written", lanes[2:], os.O_RDWR | direct)
 
@@ -441,8 +207,8 @@ class RecordIO:
                     piece = pieces[turn - 1]
                     self._reads.finish(turn - 1, files, piece)
                     staged = self._reads.records(turn - 1, self.record_bytes)
-                    # numpy keeps the interpreter lock in this assignment, and not in one to a slice: see _syscall
-                    out[piece.rows] = staged[_slice_of(piece.slots), : self._payload_bytes]
+                    # numpy keeps the interpreter lock in this assignment, and not in one to a slice: see libc
+                    out[piece.rows] = staged[piece.slots, : self._payload_bytes]
 
     def write(self, files: Sequence[Path], which: Ids, offsets: Ids, payload: Bytes) -> None:
         """Write ``payload`` [n, payload_bytes] to records, no two of them the same; other arguments as of ``read``.
@@ -459,7 +225,8 @@ class RecordIO:
                 if turn < len(pieces):
                     piece = pieces[turn]
                     staged = self._writes.records(turn, self.record_bytes)
-                    staged[piece.slots, : self._payload_bytes] = payload[_slice_of(piece.rows)]
+                    slots = np.arange(len(piece.rows))
+                    staged[slots, : self._payload_bytes] = payload[_slice_of(piece.rows)]
                     self._writes.start(turn, files, piece)
 
     def sync(self, file: Path) -> None:
@@ -487,48 +254,63 @@ class RecordIO:
                 self._tasks.put(None)
             self._tasks = None
 
-    def _plan(self, which: Ids, offsets: Ids, payload: Bytes) -> list[_Piece]:
+    def _plan(self, which: Ids, offsets: Ids, payload: Bytes) -> list[Piece]:
         """The distinct records in the order of the device, neighbours in one request, in pieces that fit."""
         assert payload.dtype == np.uint8, f"payloads are {payload.dtype}"
         assert payload.shape == (len(which), self._payload_bytes), f"payloads {payload.shape}, {self._payload_bytes}"
         assert not (offsets % BLOCK_BYTES).any(), "an offset is not a multiple of 4096"
         order = np.lexsort((offsets, which))
         which, offsets = which[order], offsets[order]
-        new_file = _breaks(which, 0)
-        fresh = new_file | _breaks(offsets, 0)
-        records = np.cumsum(fresh) - 1  # of the rows
-        which, offsets, new_file = which[fresh], offsets[fresh], new_file[fresh]
-        places = np.arange(len(which))
-        begins_run = new_file | _breaks(offsets, self.record_bytes)
-        in_run = places - np.maximum.accumulate(np.where(begins_run, places, 0))
-        firsts = np.flatnonzero(in_run % max(1, REQUEST_BYTES // self.record_bytes) == 0)
-        ends = np.append(firsts[1:], len(which))
-        n_files = np.cumsum(new_file)[firsts]
+        repeats = (which[1:] == which[:-1]) & (offsets[1:] == offsets[:-1])
+        records = None  # of the rows; the rows' own numbers as long as no record occurs twice
+        if repeats.any():
+            fresh = np.append(True, ~repeats)
+            records = np.cumsum(fresh) - 1
+            which, offsets = which[fresh], offsets[fresh]
+        firsts = self._requests(which, offsets)
+        pieces = []
+        for begin, end in self._cut(which, firsts):
+            first, last = firsts[begin], firsts[end] if end < len(firsts) else len(which)
+            mine, ends = firsts[begin:end], np.append(firsts[begin + 1 : end], last)
+            rows, slots = slice(first, last), slice(0, last - first)
+            if records is not None:
+                rows = slice(*np.searchsorted(records, (first, last)).tolist())
+                slots = records[rows] - first
+            sizes = (ends - mine) * self.record_bytes
+            places = (mine - first) * self.record_bytes
+            pieces.append(Piece(which[mine], offsets[mine], places, sizes, order[rows], slots))
+        return pieces
+
+    def _requests(self, which: Ids, offsets: Ids) -> Ids:
+        """The first record of each request."""
+        numbers = np.arange(len(which))
+        joins = (which[1:] == which[:-1]) & (offsets[1:] - offsets[:-1] == self.record_bytes)
+        if not joins.any():
+            return numbers
+        run_begins = np.maximum.accumulate(np.where(np.append(True, ~joins), numbers, 0))
+        return np.flatnonzero((numbers - run_begins) % max(1, REQUEST_BYTES // self.record_bytes) == 0)
+
+    def _cut(self, which: Ids, firsts: Ids) -> Iterator[tuple[int, int]]:
+        """Requests, begin and end, of each piece."""
         # At least two pieces, unless they are small: then the copy of the first costs no time.
         capacity = max(-(-len(which) // 2), SMALL_PIECE_BYTES // self.record_bytes)
         capacity = max(1, min(capacity, STAGING_BYTES // self.record_bytes))
-        pieces, begin = [], 0
+        starts = [*firsts.tolist(), len(which)]
+        files = which[firsts]
+        n_files = np.cumsum(files != np.append(files[:1], files[:-1])).tolist()
+        begin = 0
         while begin < len(firsts):
-            first = firsts[begin]
-            end = min(
-                int(np.searchsorted(ends, first + capacity, "right")),
-                int(np.searchsorted(n_files, n_files[begin] + _files_of_a_piece())),
-                begin + MAX_REQUESTS,
-            )
-            mine, rows = firsts[begin:end], slice(*np.searchsorted(records, (first, ends[end - 1])).tolist())
-            sizes = (ends[begin:end] - mine) * self.record_bytes
-            in_staging = (mine - first) * self.record_bytes
-            pieces.append(_Piece(which[mine], offsets[mine], in_staging, sizes, order[rows], records[rows] - first))
+            fits = bisect.bisect_right(starts, starts[begin] + capacity, begin) - 1
+            open_at_once = bisect.bisect_left(n_files, n_files[begin] + _files_of_a_piece(), begin)
+            end = min(fits, open_at_once, begin + MAX_REQUESTS)
+            yield begin, end
             begin = end
-        return pieces
 
 
-def _engine_of(folder: Path, nbytes: int) -> tuple[str, list[_Lane]]:
+def _engine_of(folder: Path, nbytes: int) -> tuple[str, list[Lane]]:
     """The engine that serves ``folder``, and two lanes for reads and two for writes if it is native AIO."""
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".kvtier-probe-") as file:
-            file.truncate(BLOCK_BYTES)  # a hole: a full device has room for it
-            path = Path(file.name)
+        with _some_file(folder) as path:
             no_direct = _refusal_of_direct(path)
             lanes, no_aio = ([], None) if no_direct else _try_aio(path, nbytes)
     except OSError as error:
@@ -556,6 +338,19 @@ def _engine_of(folder: Path, nbytes: int) -> tuple[str, list[_Lane]]:
     return AIO, lanes
 
 
+@contextlib.contextmanager
+def _some_file(folder: Path) -> Iterator[Path]:
+    """A file of at least a block: one that is in ``folder``, which may be read-only, else one that goes afterwards."""
+    with os.scandir(folder) as entries:
+        there = next((entry.path for entry in entries if entry.is_file() and entry.stat().st_size >= BLOCK_BYTES), None)
+    if there is not None:
+        yield Path(there)
+        return
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".kvtier-probe-") as file:
+        file.truncate(BLOCK_BYTES)  # a hole: a full device has room for it
+        yield Path(file.name)
+
+
 def _refusal_of_direct(path: Path) -> OSError | None:
     """Why ``path`` cannot be read with O_DIRECT. Raises OSError for what has nothing to do with it."""
     try:
@@ -571,20 +366,20 @@ def _refusal_of_direct(path: Path) -> OSError | None:
     return None
 
 
-def _try_aio(path: Path, nbytes: int) -> tuple[list[_Lane], OSError | None]:
+def _try_aio(path: Path, nbytes: int) -> tuple[list[Lane], OSError | None]:
     """Two lanes for reads and two for writes, one of which has read ``path``; or none and why."""
-    lanes: list[_Lane] = []
+    lanes: list[Lane] = []
     zero = np.zeros(1, np.int64)
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
     try:
         for writes in (False, False, True, True):
-            lanes.append(_AioLane(nbytes, writes))
-        lanes[0].start(zero + fd, _Piece(zero, zero, zero, zero + BLOCK_BYTES, zero, zero))
+            lanes.append(AioLane(nbytes, writes))
+        lanes[0].start(zero + fd, Piece(zero, zero, zero, zero + BLOCK_BYTES, zero, slice(0, 1)))
         lanes[0].finish()
-    except (OSError, _TransferError) as error:
+    except (OSError, TransferError) as error:
         for lane in lanes:
             lane.close()
-        cause = error.cause if isinstance(error, _TransferError) else error
+        cause = error.cause if isinstance(error, TransferError) else error
         assert isinstance(cause, OSError)
         return [], cause
     finally:
@@ -592,39 +387,9 @@ def _try_aio(path: Path, nbytes: int) -> tuple[list[_Lane], OSError | None]:
     return lanes, None
 
 
-def _staging(nbytes: int) -> Bytes:
-    """Zeros [nbytes] in huge pages, if there are any: a request of scattered pages took up to twice as long."""
-    memory = mmap.mmap(-1, nbytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    array = np.frombuffer(memory, np.uint8)
-    begin = -array.ctypes.data % HUGE_PAGE_BYTES
-    return array[begin : begin + nbytes]
-
-
-def _start_threads() -> Tasks:
-    """A queue of calls for N_THREADS threads, each of which ends at a None."""
-    tasks: Tasks = queue.SimpleQueue()
-
-    def work() -> None:
-        while (task := tasks.get()) is not None:
-            task()
-
-    for i in range(N_THREADS):
-        threading.Thread(target=work, name=f"kvtier-io-{i}", daemon=True).start()
-    return tasks
-
-
 def _files_of_a_piece() -> int:
-    """At most: reads and writes have two pieces each under way, and the files of all of them stay open."""
+    """At most: reads and writes have two pieces each under way, all of whose files are open."""
     return max(1, MAX_OPEN_FILES // 4)
-
-
-def _breaks(values: Ids, step: int) -> npt.NDArray[np.bool_]:
-    """Where a value [n] is not the one before it and ``step``; the first is not."""
-    breaks = np.ones(len(values), np.bool_)
-    np.not_equal(values[1:], values[:-1] + step, out=breaks[1:])
-    return breaks
 
 
 def _slice_of(ids: Ids) -> Ids | slice:
@@ -639,29 +404,6 @@ def _tell_once(message: str, reason: str) -> None:
     if reason not in _warned:
         warnings.warn(message, stacklevel=4)
         _warned.add(reason)
-
-
-@functools.cache
-def _libc_syscall(locked: bool) -> Callable[..., int]:
-    function = (ctypes.PyDLL if locked else ctypes.CDLL)(None, use_errno=True).syscall
-    function.argtypes = [ctypes.c_long] * 6
-    function.restype = ctypes.c_long
-    return function
-
-
-def _syscall(name: str, *arguments: int, locked: bool = False) -> int:
-    """A system call of native AIO; ``locked``: one so short that the interpreter lock is kept. Raises OSError.
-
-    To get the lock back takes 5 ms (``sys.getswitchinterval``) while another thread computes.
-    """
-    number = _SYSCALLS.get(platform.machine(), {}).get(name)
-    if number is None or sys.platform != "linux" or sys.maxsize < 2**32:
-        raise OSError(errno.ENOSYS, f"not known on {sys.platform}, {platform.machine()}")
-    result = _libc_syscall(locked)(number, *arguments, *[0] * (5 - len(arguments)))
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
 
 
 def no_room(path: Path, nbytes: int, code: int) -> StoreError:

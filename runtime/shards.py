@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from kvtier.runtime.budget import format_bytes
-from kvtier.runtime.direct_io import BLOCK_BYTES as BLOCK_BYTES
-from kvtier.runtime.direct_io import Bytes, RecordIO, no_room
+from kvtier.runtime.direct_io import RecordIO, no_room
+from kvtier.runtime.direct_lanes import BLOCK_BYTES as BLOCK_BYTES
+from kvtier.runtime.direct_lanes import Bytes
 from kvtier.runtime.errors import StoreError
 from kvtier.runtime.tier import Ids
 
@@ -143,7 +144,10 @@ class ShardFiles:
 
     def write(self, records: Ids, payload: Bytes) -> None:
         """Write ``payload`` [n, payload_bytes] to ``records`` [n], no two equal."""
-        self._io.write(self._files, *self._places(records), payload)
+        shards, offsets = self._places(records)
+        for shard in np.unique(shards).tolist():
+            self._check_length(self._files[shard])
+        self._io.write(self._files, shards, offsets, payload)
 
     def read(self, records: Ids, payload: Bytes) -> None:
         """Read ``records`` [n] into ``payload`` [n, payload_bytes], in the caller's order."""
@@ -153,6 +157,18 @@ class ShardFiles:
         """Close all files."""
         if self._made is not None:
             self._made.close()
+
+    def _check_length(self, path: Path) -> None:
+        """Refuse a file that was cut off: written to, it would grow again, with zeros where chunks were."""
+        try:
+            size, expected = path.stat().st_size, self.layout.file_bytes
+        except OSError:
+            return  # if the file is not open, the write says so
+        if size != expected:
+            raise StoreError(
+                f"{path} cannot be written: it has {size} bytes, it was made with {expected}. Was the file changed "
+                "while kvtier used it? Other files are not affected; check the device, or choose another [store] path."
+            )
 
     def _places(self, records: Ids) -> tuple[Ids, Ids]:
         """Shard and byte offset in it of each record."""

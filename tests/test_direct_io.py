@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvtier.runtime import direct_io
+from kvtier.runtime import direct_io, direct_lanes
 from kvtier.runtime.direct_io import AIO, BUFFERED, THREADS, RecordIO
 from kvtier.runtime.errors import StoreError
 from kvtier.runtime.tier import Ids
@@ -44,7 +44,7 @@ def refusing(engine: str) -> Iterator[None]:
         raise OSError(errno.ENOSYS, "no native AIO in this test")
 
     if engine == THREADS:
-        with patch.object(direct_io, "_syscall", no_aio):
+        with patch.object(direct_lanes, "syscall", no_aio):
             yield
     elif engine == BUFFERED:
         with patch.object(os, "open", open_buffered):
@@ -217,7 +217,7 @@ class Kernel:
     """The system calls of native AIO, with faults; ``n_running`` requests are in the kernel and not reaped."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._call = direct_io._syscall
+        self._call = direct_lanes.syscall
         self.n_submitted = 0
         self.running: dict[int, int] = {}
         self.at_submit: Callable[[int], int] = lambda n: n
@@ -225,15 +225,18 @@ class Kernel:
         self.at_wait: Callable[[], None] = lambda: None
         self.fail_with = 0
         """An errno: the result of the next request that is reaped."""
+        self.has_contexts = True
         self.most_bytes = 2**30
         """A request transfers at most so much."""
-        monkeypatch.setattr(direct_io, "_syscall", self)
+        monkeypatch.setattr(direct_lanes, "syscall", self)
 
     @property
     def n_running(self) -> int:
         return sum(self.running.values())
 
     def __call__(self, name: str, context: int, *arguments: int, locked: bool = False) -> int:
+        if name == "io_setup" and not self.has_contexts:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         if name == "io_submit":
             n, addresses = arguments
             n = self._submit(context, self.at_submit(n), addresses, locked)
@@ -331,8 +334,9 @@ def test_device_errors(
 class Broken:
     """os.preadv and os.pwritev that fail at the fifth call; others take their time."""
 
-    def __init__(self, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, code: int, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.002) -> None:
         self.code = code
+        self.seconds = seconds
         self.n_calls = self.n_running = 0
         self._lock = threading.Lock()
         self._calls = {"preadv": os.preadv, "pwritev": os.pwritev}
@@ -347,7 +351,7 @@ class Broken:
         try:
             if fails:
                 raise OSError(self.code, os.strerror(self.code))
-            time.sleep(0.002)
+            time.sleep(self.seconds)
             return self._calls[name](fd, buffers, offset)
         finally:
             with self._lock:
@@ -381,8 +385,21 @@ def test_a_kernel_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     with record_io(AIO, tmp_path) as io:
         with monkeypatch.context() as patched:
-            patched.setattr(direct_io, "PATIENCE_SECONDS", 0.05)
+            patched.setattr(direct_lanes, "PATIENCE_SECONDS", 0.05)
             Kernel(patched).at_submit = at_submit
+            with pytest.raises(StoreError, match=r"file-0 cannot be read at byte 4096: .*temporarily unavailable"):
+                io.read(files, ids(0), ids(R), np.empty((1, R), np.uint8))
+        check_read(io, files, contents, ids(0), ids(R))
+
+
+def test_no_context_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, contents = make_files(tmp_path, 1, 4)
+    with record_io(AIO, tmp_path) as io:
+        with pytest.raises(StoreError, match="too short"):
+            io.read(files, ids(0), ids(9 * R), np.empty((1, R), np.uint8))
+        with monkeypatch.context() as patched:
+            kernel = Kernel(patched)
+            kernel.has_contexts = False
             with pytest.raises(StoreError, match=r"file-0 cannot be read at byte 4096: .*temporarily unavailable"):
                 io.read(files, ids(0), ids(R), np.empty((1, R), np.uint8))
         check_read(io, files, contents, ids(0), ids(R))
@@ -423,7 +440,7 @@ def test_a_signal_interrupts_the_wait(tmp_path: Path, monkeypatch: pytest.Monkey
     with record_io(AIO, tmp_path) as io:
         kernel = Kernel(monkeypatch)
         kernel.at_wait = at_wait
-        monkeypatch.setattr(direct_io._AioLane, "_reap", unhurried(direct_io._AioLane._reap))
+        monkeypatch.setattr(direct_lanes.AioLane, "_reap", unhurried(direct_lanes.AioLane._reap))
         check_read(io, files, contents, *scattered(3, 400))
         assert len(interrupted) == 3
 
@@ -452,20 +469,22 @@ def test_ctrl_c_leaves_nothing_under_way(engine: str, tmp_path: Path, monkeypatc
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 signal.signal(signal.SIGALRM, before)
-            assert counts() == 0
+            n_running, n_started = counts()
+            assert n_running == 0
+            assert n_started < 300
         check_read(io, files, contents, which, offsets)
 
 
-def slow_transfers(engine: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Make transfers slow enough to be interrupted; returns what tells how many are under way."""
+def slow_transfers(engine: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[int, int]]:
+    """Make transfers slow enough to be interrupted; returns what tells how many are under way, and how many began."""
     if engine == AIO:
         kernel = Kernel(monkeypatch)
         kernel.at_wait = lambda: time.sleep(30)
-        monkeypatch.setattr(direct_io._AioLane, "_reap", unhurried(direct_io._AioLane._reap))
-        return lambda: kernel.n_running
-    broken = Broken(0, monkeypatch)
-    broken.n_calls = 5  # it never fails, it is slow
-    return lambda: broken.n_running
+        monkeypatch.setattr(direct_lanes.AioLane, "_reap", unhurried(direct_lanes.AioLane._reap))
+        return lambda: (kernel.n_running, 0)
+    slow = Broken(0, monkeypatch, seconds=0.02)
+    slow.n_calls = 5  # the fifth would fail
+    return lambda: (slow.n_running, slow.n_calls)
 
 
 # -- which engine ------------------------------------------------------------------------------------------------------
@@ -502,13 +521,37 @@ def test_first_engine_says_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_contexts_that_run_out_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others have taken all but two of fs.aio-max-nr."""
+    with record_io(AIO, tmp_path):
+        pass
+    files, contents = make_files(tmp_path, 1, 4)
+    monkeypatch.setattr(direct_io, "_warned", set())
+    calls: list[str] = []
+    syscall = direct_lanes.syscall
+
+    def few_contexts(name: str, *arguments: int, locked: bool = False) -> int:
+        calls.append(name)
+        if name == "io_setup" and calls.count(name) > 2:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return syscall(name, *arguments, locked=locked)
+
+    monkeypatch.setattr(direct_lanes, "syscall", few_contexts)
+    with pytest.warns(UserWarning, match=r"temporarily unavailable.*raise fs\.aio-max-nr"):
+        io = RecordIO(tmp_path, R)
+    assert calls == ["io_setup"] * 3 + ["io_destroy"] * 2
+    assert io.path_name == THREADS
+    check_read(io, files, contents, ids(0), ids(R))
+    io.close()
+
+
 @pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC])
 def test_a_folder_that_takes_no_file(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse)
-    with pytest.raises(StoreError, match=rf"{tmp_path} cannot be used: .*{os.strerror(code)}.*Free space"):
+    with pytest.raises(StoreError, match=rf"{tmp_path} cannot be used: no file can be made there.*{os.strerror(code)}"):
         RecordIO(tmp_path, R)
     monkeypatch.undo()
     with pytest.raises(StoreError, match=r"missing cannot be used"):
@@ -520,13 +563,13 @@ def test_everything_is_given_back(engine: str, tmp_path: Path, monkeypatch: pyte
     files, contents = make_files(tmp_path, 20, 4)
     before = (len(os.listdir("/proc/self/fd")), threading.active_count())
     calls = []
-    syscall = direct_io._syscall
+    syscall = direct_lanes.syscall
 
     def counted(name: str, *arguments: int, locked: bool = False) -> int:
         calls.append(name)
         return syscall(name, *arguments, locked=locked)
 
-    monkeypatch.setattr(direct_io, "_syscall", counted)
+    monkeypatch.setattr(direct_lanes, "syscall", counted)
     with record_io(engine, tmp_path) as io:
         write_both(io, files, contents, *places_of(np.arange(80), 4, R), seed=1)
         io.sync(files[3])
@@ -536,6 +579,9 @@ def test_everything_is_given_back(engine: str, tmp_path: Path, monkeypatch: pyte
         assert len(os.listdir("/proc/self/fd")) > before[0]
         io.close()
         io.close()
+        for call in (io.read, io.write):
+            with pytest.raises(AssertionError, match="closed"):
+                call(files, ids(0), ids(0), np.zeros((1, R), np.uint8))
     deadline = time.monotonic() + 10
     while threading.active_count() > before[1] and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -12,47 +12,24 @@ from session_cases import (
     Stop,
     assert_continues,
     assert_same,
-    commit_always,
     config,
     contents,
     continued,
     kept,
     logits_of,
-    quicken,
     read,
-    stopper,
 )
 
 import kvtier
 from kvtier import durable
 from kvtier.runtime.library import Library
 
+pytestmark = pytest.mark.usefixtures("commits_always")
+
 BLOCKS = [32, 64, 96, 128, 160, 192, 211, 219, 220]
 """Ends of the blocks in which BOOK is read."""
 KEPT = {name: KINDS[name] for name in ("sketch", "exact bfloat16", "gemma3", "sketch bfloat16 int4")}
 KEPT |= {"int8": (tiny_llama, {"store": {"dtype": "int8"}}), "int4": (tiny_llama, {"store": {"dtype": "int4"}})}
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """A commit after every block."""
-    quicken(monkeypatch)
-    commit_always(monkeypatch)
-
-
-@pytest.fixture
-def store(tmp_path):
-    return tmp_path / "store"
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_llama()
-
-
-@pytest.fixture
-def stop(monkeypatch):
-    return stopper(monkeypatch)
 
 
 def everything(kv, book):

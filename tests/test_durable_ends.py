@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,6 @@ from session_cases import (
     QUESTION,
     Stop,
     assert_continues,
-    commit_always,
     config,
     continued,
     kept,
@@ -28,44 +28,16 @@ from session_cases import (
     open_files,
     quicken,
     read,
-    stopper,
 )
 
 import kvtier
 from kvtier import durable
-from kvtier.runtime import library
+from kvtier.runtime import committer, library
 from kvtier.runtime.library import Library
 from kvtier.runtime.recorder import Recorder
 from kvtier.runtime.sequence_files import SequenceFiles
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """A commit after every block."""
-    quicken(monkeypatch)
-    commit_always(monkeypatch)
-
-
-@pytest.fixture
-def store(tmp_path):
-    return tmp_path / "store"
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_llama()
-
-
-@pytest.fixture
-def stop(monkeypatch):
-    return stopper(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def right(model):
-    """What comes of BOOK."""
-    with kvtier.offload(model, config()) as kv:
-        return continued(kv, kv.prefill(BOOK))
+pytestmark = pytest.mark.usefixtures("commits_always")
 
 
 # -- a device that fails -----------------------------------------------------------------------------------------------
@@ -79,6 +51,7 @@ def test_an_error_of_the_recorder_ends_the_reading_and_no_more(k, store, model, 
         assert threading.current_thread().name == "kvtier-recorder"
         calls.append(1)
         if len(calls) >= k:
+            time.sleep(0.3)  # the next layer's chunks are waiting by then, if they are not those of a block's last
             raise kvtier.StoreError("the device is full")
         write(files, *arguments)
 
@@ -112,6 +85,34 @@ def test_an_error_of_the_last_batch_is_raised_by_the_last_commit(store, model, m
         with pytest.raises(ZeroDivisionError):
             kv.prefill(BOOK[:, :60])
         assert Library(store).entries() == []
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 9])
+@pytest.mark.parametrize("step", ["write_commit", "sync", "publish"])
+def test_a_commit_that_fails_leaves_the_one_before(step, k, store, model, right, monkeypatch):
+    """Whatever it has written by then: windows are written in turn, all else beyond what counts."""
+    owner = committer if step == "write_commit" else SequenceFiles
+    do, calls = getattr(owner, step), []
+
+    def fails(*arguments, **more):
+        calls.append(1)
+        if len(calls) == k:
+            raise OSError(28, "No space left on device")
+        do(*arguments, **more)
+
+    with kvtier.offload(model, kept(store)) as kv:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, step, fails)
+            with pytest.raises(kvtier.StoreError, match=r"cannot be written: .*No space left"):
+                kv.prefill(BOOK)
+        committed = k if step == "publish" else k - 1
+        there = [entry.tokens for entry in Library(store).entries()]
+        assert there == ([[32, 64, 96, 128, 160, 192, 211, 219, 220][committed - 1]] if committed else [])
+        if committed:
+            assert kv.open(store).get_seq_length() == there[0]
+        book, *tokens = read(kv)
+        assert tokens == [sum(there), 220 - sum(there)]
+        assert_continues(continued(kv, book), right)
 
 
 def test_a_full_device_while_files_are_made(store, model, monkeypatch):

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from models import PAD, minimum_budget, prompt, tiny_llama
+from models import PAD, minimum_budget, prompt
 from session_cases import (
     BOOK,
     MORE,
@@ -12,51 +12,21 @@ from session_cases import (
     ROOMY,
     Stop,
     assert_continues,
-    commit_always,
     config,
     continued,
     kept,
     logits_of,
-    quicken,
     read,
-    stopper,
 )
 
 import kvtier
 from kvtier.runtime.library import Library
 
+pytestmark = pytest.mark.usefixtures("commits_always")
+
 CHUNK_BYTES = 2 * 8 * 16 * 4
 CHUNKS = 25 * 2 * 2
 """Of BOOK once something follows it, in all layers and KV heads."""
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """A commit after every block."""
-    quicken(monkeypatch)
-    commit_always(monkeypatch)
-
-
-@pytest.fixture
-def store(tmp_path):
-    return tmp_path / "store"
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_llama()
-
-
-@pytest.fixture
-def stop(monkeypatch):
-    return stopper(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def right(model):
-    """What comes of BOOK."""
-    with kvtier.offload(model, config()) as kv:
-        return continued(kv, kv.prefill(BOOK))
 
 
 def contents_of(path):

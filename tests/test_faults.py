@@ -459,7 +459,6 @@ def test_the_device_fills_up_while_saving(device, model, right, tmp_path):
     assert outcome(model, tmp_path / "elsewhere") == (None, right["auto"])
 
 
-@pytest.mark.xfail(strict=True, reason="RecordIO makes a file in the folder that it is to read")
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 def test_a_read_only_file_system(device, model, right, kind, monkeypatch):
     """Real: opening and verifying work, with the engine that serves there; saving and reading durably are refused."""
@@ -655,10 +654,7 @@ def test_a_second_writer_is_refused_and_readers_are_served(children, complete, m
     assert resumed_and_answered(model, complete) == (N, right["auto"])
 
 
-CUT = pytest.mark.xfail(strict=True, reason="chunks in a scratch file that was cut off and written to read as zeros")
-
-
-@pytest.mark.parametrize("then", ["read", pytest.param("spill", marks=CUT)])
+@pytest.mark.parametrize("then", ["read", "spill"])
 def test_another_program_cuts_off_a_scratch_file(tmp_path, model, right, then):
     """Also if it is written to afterwards, and so grows again with zeros where chunks were."""
     path = tmp_path / "store"

@@ -88,7 +88,7 @@ def commits(monkeypatch):
     def after_block(self, done):
         is_first = self._committer.last.number == 0
         fitted = any(layer.fitted is not None for layer in self._sequence.layers)
-        self._next_commit = 0.0 if is_first and (fitted or done > 400) else float("inf")
+        self._next_commit = 0.0 if is_first and (fitted or done > 250) else float("inf")
         after(self, done)
 
     monkeypatch.setattr(durable._Writing, "_after_block", after_block)
@@ -145,11 +145,11 @@ RUNS = {
     "durable int8": ("llama", {"budget": budgets(host="100KiB"), "store": {"mode": "durable", "dtype": "int8"}}),
     "durable int4": ("llama", {"store": {"mode": "durable", "dtype": "int4"}}),
     "durable minmax": ("llama", {"kind": "minmax", "store": {"mode": "durable"}}),
-    "half precision": ("bfloat16", {"budget": budgets(host="100KiB")}),
+    "half precision": ("bfloat16", {"budget": budgets(host="60KiB")}),
     "sliding layers": ("gemma3", {"budget": budgets(host="220KiB")}),
     "sliding layers, durable": ("gemma3", {"budget": budgets(host="220KiB"), "store": {"mode": "durable"}}),
     "layers without positions": ("smollm3-hybrid", {"budget": budgets(host="150KiB")}),
-    "partial rotary": ("phi3-partial", {"budget": budgets(host="150KiB"), "store": {"dtype": "int8"}}),
+    "partial rotary": ("phi3-partial", {"budget": budgets(host="60KiB"), "store": {"dtype": "int8"}}),
 }
 
 
@@ -164,7 +164,7 @@ def model_named(name):
 def test_bytes_are_those_of_a_run(run, tmp_path):
     """The device, host and budget of the disk to the byte, the disk itself within 2%: directories differ."""
     name, given_ = RUNS[run]
-    model, config, n = model_named(name), configured(tmp_path, **given_), 611
+    model, config, n = model_named(name), configured(tmp_path, **given_), 411
     weights = str(model.dtype).removeprefix("torch.")
     report = plan(write_config(tmp_path / "model", model), n, config, device="cpu", weights=weights)
     tiers, taken = read(model, config, n)
@@ -174,10 +174,8 @@ def test_bytes_are_those_of_a_run(run, tmp_path):
         assert report["tiers"][tier]["chunks"] == tiers[tier]["chunks"]
     if taken:
         assert report["tiers"]["disk"]["taken"] == pytest.approx(taken, rel=CLOSE)
-    overflows = report["tiers"].get("disk", {}).get("chunks", 0) > 0
-    assert overflows == ("spill" in run or "durable" in run or "KiB" in str(given_)) - (
-        run in ("nothing to spill", "partial rotary")
-    )
+    uses_disk = report["tiers"].get("disk", {"chunks": 0})["chunks"] > 0
+    assert uses_disk == (run not in ("all in host", "nothing to spill")), "not what is to be tested"
 
 
 @pytest.mark.parametrize("n", [1, 30, 59, 60, 61, 92, 1087, 1088, 1089])
@@ -211,7 +209,7 @@ EDGES = {
     "no disk": (budgets(disk=None), {}),
     "spill": (budgets(host="200KiB", disk="8MiB"), {}),
     "spill int4": (budgets(host="80KiB", disk="8MiB"), {"dtype": "int4"}),
-    "durable": (budgets(host="200KiB", disk="8MiB"), {"mode": "durable"}),
+    "durable": (budgets(host="100KiB", disk="8MiB"), {"mode": "durable"}),
 }
 
 
@@ -219,7 +217,7 @@ EDGES = {
 def test_fits_where_a_run_gets_through_to_the_byte(edge, tmp_path):
     """For each budget: the least that the plan allows runs, one byte less is a BudgetError."""
     budget, store = EDGES[edge]
-    config, n = configured(tmp_path, budget=budget, store=store), 500
+    config, n = configured(tmp_path, budget=budget, store=store), 240
     folder = write_config(tmp_path / "model", llama())
     footprint = footprint_of(folder, config)
     for name in budget:
@@ -253,6 +251,7 @@ def test_scratch_of_selection_is_what_it_allocates(kind, tokens):
     assert selection_bytes(shape, geometry, summary, tokens) == budget.used_bytes
 
 
+@hypothesis_settings(deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 70), st.data())
 def test_blocks_are_counted_without_listing_them(tokens, block, data):
     geometry = Geometry(10**6, 4, 64, 8, 12, block, 16, data.draw(st.integers(1, block)))
@@ -390,14 +389,15 @@ def test_wrong_use_is_one_line(wrong, message, big, monkeypatch):
 @pytest.mark.parametrize("content", ["", "{", '{"model_type": "no-such-model"}', "{}"])
 def test_a_config_that_cannot_be_read_is_one_line(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(kvtier.KvtierError, match="cannot read the config of") as error:
+    with pytest.raises(kvtier.KvtierError, match="transformers cannot read the config of") as error:
         plan(tmp_path, 100, device="cpu")
     assert "\n" not in str(error.value)
 
 
 def test_a_model_that_is_not_there(tmp_path):
-    with pytest.raises(kvtier.KvtierError, match=r"cannot read the config of .*no-such"):
-        plan(tmp_path / "no-such", 100, device="cpu")
+    for name in (tmp_path / "no-such", "./no-such", "no-such.gguf"):
+        with pytest.raises(kvtier.KvtierError, match=r"the config of '.*no-such.*': there is no such file or folder"):
+            plan(name, 100, device="cpu")
 
 
 # -- budgets of this machine and of others -----------------------------------------------------------------------------
@@ -567,19 +567,23 @@ def footprints(draw):
 @hypothesis_settings(max_examples=100, deadline=None)
 @given(footprints(), st.integers(1, 20_000), st.integers(0, 3_000))
 def test_more_tokens_never_need_less(footprint, tokens, more):
-    assume(not footprint.forks)  # a fork that has not fitted its summaries yet can take more than one that has
+    # Of rows and forks beside each other some things take less later: moments of queries until a chunk leaves the
+    # window, copies of slabs that are not full, windows that are up to a chunk longer.
+    assume(footprint.rows == 1 and not footprint.forks)
     before, after = footprint.tiers(tokens), footprint.tiers(tokens + more)
     for name, tier in before.items():
         assert min(tier.lines.values()) >= 0
         assert 0 <= tier.used <= tier.needed
-        assert tier.needed <= after[name].needed
-        assert tier.chunks <= after[name].chunks
+        # parked windows grow, too: on a full host fewer chunks fit beside them
+        if name != "host" or footprint.budgets.host_bytes - after[name].needed >= footprint.item_bytes:
+            assert tier.needed <= after[name].needed
+            assert tier.chunks <= after[name].chunks
     if not footprint.durable and "disk" in before:
         assert before["host"].chunks + before["disk"].chunks == footprint.chunks(tokens)
     assert footprint.fits(tokens) or not footprint.fits(tokens + more)
 
 
-@hypothesis_settings(max_examples=50, deadline=None)
+@hypothesis_settings(max_examples=30, deadline=None)
 @given(footprints(), st.integers(1, 20_000))
 def test_what_would_fit_is_exact(footprint, tokens):
     most = footprint.most_tokens(tokens)
@@ -593,12 +597,14 @@ def test_what_would_fit_is_exact(footprint, tokens):
     assert not footprint.changed(gpu_bytes=least - 1).fits(tokens, "device")
 
 
+@hypothesis_settings(deadline=None)
 @given(st.integers(1, 10**15))
 def test_sizes_in_advice_are_read_back_and_suffice(nbytes):
     parsed = Size.parse(size(nbytes)).bytes
     assert nbytes <= parsed <= nbytes + nbytes // 9
 
 
+@hypothesis_settings(deadline=None)
 @given(st.integers(-50, 50), st.integers(0, 100), st.integers(-60, 160))
 def test_smallest(low, span, threshold):
     expected = min(max(low, threshold), low + span)
@@ -663,6 +669,15 @@ def test_rates_follow_their_causes(big, monkeypatch):
     assert rates_of(big, monkeypatch, rows=2, tokens=2 * MIB)["decode"]["tokens_per_s"] > 0
 
 
+def test_on_the_cpu_all_is_memory(tmp_path):
+    """No link: what goes between the pools is copied in the memory that the weights are read from."""
+    folder = write_config(tmp_path / "model", llama())
+    report = plan(folder, 3000, configured(tmp_path), device="cpu")
+    assert {t["resource"] for t in report["rates"]["decode"]["terms"]} == {"device_memory"}
+    assert "link" not in table(report)
+    assert "device memory" not in table(report)
+
+
 def test_assumed_figures_by_the_name_of_the_card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
@@ -709,6 +724,15 @@ def test_measuring_a_disk_that_is_full(tmp_path, monkeypatch):
     usage = SimpleNamespace(free=0)
     monkeypatch.setattr(bandwidth.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(kvtier.KvtierError, match="is full: nothing can be measured there"):
+        bandwidth.measure("cpu", tmp_path)
+
+
+@pytest.mark.usefixtures("quick")
+def test_measuring_a_disk_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(bandwidth, "_append", lambda *_: os.stat(tmp_path / "gone"))
+    with pytest.raises(
+        kvtier.KvtierError, match=rf"the disk of {tmp_path} cannot be measured: .*gone.*; choose another"
+    ):
         bandwidth.measure("cpu", tmp_path)
 
 

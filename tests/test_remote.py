@@ -29,7 +29,7 @@ import kvtier
 from kvtier import durable, remote_arrivals, remote_folder, verify_store
 from kvtier.remote import export_sequence, restore_sequence
 from kvtier.remote_folder import Progress, RemoteFolder
-from kvtier.remote_mirror import UNFINISHED
+from kvtier.remote_mirror import UNFINISHED, Mirror
 from kvtier.runtime import direct_io
 from kvtier.runtime.commit_record import checksum
 from kvtier.runtime.errors import StoreError
@@ -385,6 +385,17 @@ def test_an_interrupted_export_is_no_sequence_and_goes_on(originals, tmp_path, n
     assert files_of(back) == files
 
 
+def test_a_part_whose_export_is_not_finished(originals, tmp_path):
+    path = originals("parts")
+    short, long = sequences(path)
+    export_sequence(path, URL, long.id)
+    put_object(f"sequences/{short.id}/{UNFINISHED}", b"of another machine")
+    with pytest.raises(StoreError, match=rf"{long.id} goes on from {URL}/sequences/{short.id}: it is not there"):
+        restore_sequence(URL, tmp_path / "back", long.id)
+    assert export_sequence(path, URL, long.id)["files"] == len(files_of(short.path))
+    assert objects_of(URL) == files_of(path)
+
+
 def test_an_export_that_lost_the_network(originals, failing, monkeypatch):
     path = originals("auto")
     with monkeypatch.context() as patch:
@@ -486,6 +497,26 @@ def test_a_restore_that_lost_the_network_says_where_it_stopped(originals, tmp_pa
     assert Library(tmp_path / "back").entries() == []
 
 
+def test_a_restore_does_not_go_on_with_something_else(store, tmp_path):
+    """Nor does an export: what either was interrupted at has become another sequence of the same tokens and id."""
+    path, back = store("auto"), tmp_path / "back"
+    export_sequence(path, URL)
+    with pytest.MonkeyPatch.context() as patch:
+        killed_after(patch, 25)
+        with pytest.raises(Killed):
+            restore_sequence(URL, back)
+    shutil.rmtree(path)
+    write(path, "auto", prompt(SHORT))
+    with pytest.MonkeyPatch.context() as patch:
+        killed_after(patch, 5)
+        with pytest.raises(Killed):
+            export_sequence(path, URL, force=True)
+    assert not any("commit/c" in name for name in objects_of(URL))  # the old one would be of other data
+    export_sequence(path, URL)
+    restore_sequence(URL, back)
+    assert files_of(back) == files_of(path)
+
+
 # -- damage ------------------------------------------------------------------------------------------------------------
 
 DAMAGED = [
@@ -539,6 +570,39 @@ def test_a_missing_object_is_found_and_sent_again(originals, tmp_path, file):
     assert files_of(back) == files_of(path)
 
 
+def test_a_file_that_somebody_shortens_while_it_is_read():
+    put_object("zarr.json", b"{}")
+    with pytest.raises(StoreError, match=rf"{URL}/zarr.json became shorter while it was read: somebody writes there"):
+        RemoteFolder(URL, None).read("zarr.json", 10)
+
+
+def test_a_part_with_the_name_of_another_folder(originals, tmp_path):
+    path = originals("auto")
+    export_sequence(path, URL)
+    mirror = Mirror(RemoteFolder(URL, None), tmp_path)
+    for id in ("..", "../../home", ""):
+        with pytest.raises(StoreError, match=r"goes on from '.*', which kvtier did not write"):
+            mirror.part(Library(path).entry(), id, 0, 1)
+
+
+def test_a_file_that_is_gone_when_it_is_sent(tmp_path):
+    with pytest.raises(StoreError, match=rf"{tmp_path}/kv cannot be read: .*No such file"):
+        RemoteFolder(URL, None).send(tmp_path, "sequences/x", {"kv": 1}, Progress(lambda line: None, "sent"))
+
+
+def test_a_shortened_object_is_found_and_sent_again(originals, tmp_path):
+    """As a killed export to a folder leaves it."""
+    path, back = originals("auto"), tmp_path / "back"
+    export_sequence(path, URL)
+    name, file = damaged_name(path, "kv/c.0.0.0.0")
+    put_object(name, objects_of(URL)[name][:-1])
+    with pytest.raises(StoreError, match=rf"{URL}/sequences/\w+ is damaged: {file}: has \d+ bytes, written were"):
+        restore_sequence(URL, back)
+    assert export_sequence(path, URL)["files"] == 3
+    restore_sequence(URL, back)
+    assert files_of(back) == files_of(path)
+
+
 def test_a_missing_or_damaged_part_is_found(originals, tmp_path):
     path, back = originals("parts"), tmp_path / "back"
     short, long = sequences(path)
@@ -561,7 +625,7 @@ def test_what_is_damaged_here_is_not_exported(store):
     short, long = sequences(path)
     shard = short.path / "kv" / "c.0.0.0.0"
     shard.write_bytes(flip(shard.read_bytes(), 40))
-    with pytest.raises(StoreError, match=rf"{short.path} is damaged: kv/c\.0\.0\.0\.0.*Nothing was exported"):
+    with pytest.raises(StoreError, match=rf"{short.path} is damaged: kv/c\.0\.0\.0\.0.*\. Nothing was exported; "):
         export_sequence(path, URL, long.id)
     assert set(objects_of(URL)) == {"zarr.json", "sequences/zarr.json"}
 
@@ -708,7 +772,7 @@ def test_urls_that_will_not_do(originals, tmp_path, monkeypatch):
     put_object("notes.txt", b"mine")
     cases = {
         "/mnt/books": r"/mnt/books is not a URL: expected one that fsspec serves, such as s3://bucket/folder",
-        "s3:/bucket": r"s3:/bucket is not a URL",
+        "s3:/key:secret@bucket": r"^\*\*\*@bucket is not a URL",
         "nothing://bucket": r"nothing://bucket: it cannot be opened: ValueError: Protocol not known: nothing\. Check",
     }
     for url, message in cases.items():
@@ -851,9 +915,18 @@ def test_secrets_are_in_no_message(originals, where, failing, capsys):
     assert not [secret for secret in SECRETS if secret in printed]
 
 
-def test_the_url_of_a_report_has_no_secrets(originals):
-    url = "memory://AKIAsecret:p4ssword@bucket/books"
-    assert export_sequence(originals("auto"), url)["url"] == "memory://***@bucket/books"
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("memory://AKIAsecret:p4ssword@bucket/books", "memory://***@bucket/books"),
+        ("memory://AKIAsecret:p4ss/w0rd@bucket/books", "memory://***@bucket/books"),
+        ("memory://token@bucket/books", "memory://***@bucket/books"),
+        ("memory://bucket/me@home", "memory://bucket/me@home"),
+        ("memory://bucket/books/?sig=p4ssword", "memory://bucket/books/?***"),
+    ],
+)
+def test_the_url_of_a_report_has_no_secrets(originals, url, shown):
+    assert export_sequence(originals("auto"), url)["url"] == shown
 
 
 # -- S3 ----------------------------------------------------------------------------------------------------------------

@@ -27,25 +27,12 @@ from kvtier import durable
 from kvtier.runtime import committer, sequence_files
 from kvtier.runtime.library import Library
 
+pytestmark = pytest.mark.usefixtures("quick_store")
+
 RECORD = 2 * 8 * 16 * 4
 """Bytes of a chunk."""
 CHUNKS = 24
 """Of BOOK, in each layer and KV head."""
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    quicken(monkeypatch)
-
-
-@pytest.fixture
-def store(tmp_path):
-    return tmp_path / "store"
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_llama()
 
 
 @pytest.fixture(scope="module")

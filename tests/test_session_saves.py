@@ -11,30 +11,30 @@ from models import minimum_budget, tiny_llama
 from session_cases import (
     BOOK,
     MORE,
+    Stop,
     assert_continues,
     assert_same,
+    commit_always,
     config,
     contents,
     continued,
+    kept,
     logits_of,
     quicken,
+    stopper,
 )
 
 import kvtier
 from kvtier import sessions
-from kvtier.runtime import committer, library, sequence_files
+from kvtier.runtime import committer, library, sequence_files, tiered
 from kvtier.runtime.library import Library
+from kvtier.runtime.residency import Residency
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, request):
     if request.function is not test_everything_is_on_the_disk_before_it_is_visible:
         quicken(monkeypatch)
-
-
-@pytest.fixture
-def store(tmp_path):
-    return tmp_path / "store"
 
 
 # -- interrupted saves -------------------------------------------------------------------------------------------------
@@ -208,3 +208,68 @@ def test_the_folder_of_the_spill_store_will_do(store):
     assert {path.name for path in store.iterdir()} == {"zarr.json", "sequences"}
     with kvtier.offload(model, tight) as kv:
         assert_continues(continued(kv, kv.open(store)), expected)
+
+
+# -- saved as what it was opened from ----------------------------------------------------------------------------------
+
+
+def test_an_opened_reading_that_was_interrupted_is_completed_in_place(store, monkeypatch):
+    commit_always(monkeypatch)
+    model, stop = tiny_llama(), stopper(monkeypatch)
+    stop(5)
+    with kvtier.offload(model, kept(store)) as kv, pytest.raises(Stop):
+        kv.prefill(BOOK)
+    entry = Library(store).entry()
+    with kvtier.offload(model, config()) as kv:
+        book = kv.open(store)
+        beginning = book.fork()
+        logits_of(model, BOOK[:, 160:], book)
+        assert book.save(store) == entry.id
+        assert_same(contents(kv, kv.open(store)), contents(kv, kv.prefill(BOOK)))
+        id = beginning.save(store)  # a text of its own, with chunks of the other one
+    whole = Library(store).entry(entry.id)
+    assert (whole.tokens, whole.commit.complete, whole.attributes) == (220, True, entry.attributes)
+    assert Library(store).entry(id).attributes["parts"] == [[entry.id, entry.commit.chunks]]
+    with kvtier.offload(model, config()) as kv:
+        assert_continues(continued(kv, kv.open(store, entry.id)), continued(kv, kv.prefill(BOOK)))
+
+
+def test_what_a_cache_reads_from_is_not_replaced(store, tmp_path):
+    """Its chunks would be lost with the damaged rest."""
+    with kvtier.offload(tiny_llama(), config()) as kv:
+        expected = continued(kv, kv.prefill(BOOK))
+        kv.prefill(BOOK).save(store)
+        book = kv.open(store)
+        file = Library(store).entry().path / "tokens" / "c.0"
+        file.write_bytes(b"1" + file.read_bytes()[1:])
+        message = f"this cache reads its chunks from {file.parents[1]}, where something else is damaged"
+        with pytest.raises(kvtier.StoreError, match=message):
+            book.save(store)
+        book.save(tmp_path / "other")
+        assert_continues(continued(kv, kv.open(tmp_path / "other")), expected)
+
+
+@pytest.mark.parametrize("step", ["fit", "admit"])
+def test_a_cache_whose_last_call_failed_half_way(step, store, monkeypatch):
+    """The first chunks have left the window in one layer of two; the other one has something fitted, or has not."""
+    owner, name = (tiered, "Fitted") if step == "fit" else (Residency, "admit")
+    model, calls, do = tiny_llama(), [], getattr(owner, name)
+
+    def fails(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise kvtier.BudgetError("full")
+        return do(*arguments)
+
+    with kvtier.offload(model, config()) as kv:
+        cache = kv.new_cache()
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fails)
+            with pytest.raises(kvtier.BudgetError, match="full"):
+                logits_of(model, BOOK, cache)
+        with pytest.raises(kvtier.UnsupportedError, match="the last call on this cache failed half-way: call it again"):
+            cache.save(store)
+        logits_of(model, BOOK[:, cache.get_seq_length() :], cache)
+        cache.save(store)
+        assert_same(contents(kv, kv.open(store)), contents(kv, cache))
+        assert_same(contents(kv, cache), contents(kv, kv.prefill(BOOK)))

@@ -22,7 +22,6 @@ from session_cases import (
     continued,
     logits_of,
     open_files,
-    quicken,
     used_bytes,
 )
 from test_families import SLIDING_ONLY, tiny
@@ -33,26 +32,7 @@ from kvtier.runtime.library import Library
 from kvtier.runtime.residency import Residency
 from kvtier.runtime.sizing import windows_set_aside
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    quicken(monkeypatch)
-
-
-@pytest.fixture
-def store(tmp_path):
-    return tmp_path / "store"
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A saved sequence."""
-    path = tmp_path_factory.mktemp("saved") / "store"
-    with pytest.MonkeyPatch.context() as patch:
-        quicken(patch)
-        with kvtier.offload(tiny_llama(), config()) as kv:
-            kv.prefill(BOOK).save(path)
-    return path
+pytestmark = pytest.mark.usefixtures("quick_store")
 
 
 # -- the same to the last bit ------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 import zarr
 from tier_contract import CHUNK, DTYPES, HEAD_DIM, empty_chunks, random_chunks, same_bits
 
-from kvtier.runtime import direct_io, shards
+from kvtier.runtime import direct_io, direct_lanes, shards
 from kvtier.runtime.budget import Budget
 from kvtier.runtime.errors import BudgetError, StoreError
 from kvtier.runtime.shards import ShardLayout
@@ -37,7 +37,7 @@ def system_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> int:
         raise OSError(errno.ENOSYS, "no native AIO in this test")
 
-    monkeypatch.setattr(direct_io, "_syscall", refuse)
+    monkeypatch.setattr(direct_lanes, "syscall", refuse)
     monkeypatch.setattr(direct_io, "_tell_once", lambda *_: None)
 
 
