@@ -33,8 +33,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
         return x
     head = x[..., :rotary].float()
     first, second = head.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    rotated = (head * cos + turned * sin).to(x.dtype)
+    turned, half = head * cos, rotary // 2
+    turned[..., :half].addcmul_(second, sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(first, sin[..., half:])
+    rotated = turned.to(x.dtype)
     return rotated if rotary == x.shape[-1] else torch.cat((rotated, x[..., rotary:]), dim=-1)
 
 

@@ -73,13 +73,17 @@ def _pack_planes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, bits: int, n_codes: int) -> torch.Tensor:
     """The inverse of ``pack``: ``[..., n_codes]`` float32 (whole numbers)."""
-    return _unpack_planes(packed, bits, n_codes).float().sub_(1 << (bits - 1))
+    return _unpack(packed, bits, n_codes).float().sub_(1 << (bits - 1))
 
 
-def _unpack_planes(packed: torch.Tensor, bits: int, n_codes: int) -> torch.Tensor:
+def unpack_planes(packed: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    """``pack``'s codes before their offset, one after the other: ``8 // bits`` uint8 Tensors of ``packed``'s shape."""
     mask = (1 << bits) - 1
-    planes = [(packed >> shift) & mask for shift in range(0, 8, bits)]
-    return torch.cat(planes, dim=-1)[..., :n_codes]
+    return [(packed >> shift) & mask for shift in range(0, 8, bits)]
+
+
+def _unpack(packed: torch.Tensor, bits: int, n_codes: int) -> torch.Tensor:
+    return torch.cat(unpack_planes(packed, bits), dim=-1)[..., :n_codes]
 
 
 # -- records: torch ----------------------------------------------------------------------------------------------------
@@ -133,7 +137,7 @@ def dequantize_chunks(records: torch.Tensor, bits: int, chunk: int, head_dim: in
     n, groups = records.shape[0], -(-head_dim // GROUP)
     n_codes = 2 * chunk * head_dim
     packed = records[:, : packed_size(n_codes, bits)]
-    codes = _unpack_planes(packed, bits, n_codes).float().view(n, 2, chunk, head_dim)
+    codes = _unpack(packed, bits, n_codes).float().view(n, 2, chunk, head_dim)
     words = records[:, record_words(chunk, head_dim, bits)].contiguous().view(torch.bfloat16).float()
     pairs_k = words[:, : 2 * head_dim].unflatten(1, (1, head_dim, 2))
     pairs_v = words[:, 2 * head_dim :].unflatten(1, (chunk, groups, 2))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kvtier.kernels.backend import INTERPRETED, n_processors
-from kvtier.kernels.quantize import unpack
+from kvtier.kernels.quantize import unpack_planes
 from kvtier.kernels.select_triton import project_kernel, score_kernel
 from kvtier.kernels.topk import weigh_kernel
 
@@ -65,12 +65,17 @@ def sketch_scores(
     -------
     Tensor [N, Q, m], float32
     """
-    n, m, c, _ = codes.shape
-    rank = basis.shape[-1]
-    tokens = unpack(codes, bits, rank).mul_(scale.float()[:, :, None])  # [N, m, C, rank]
-    projected = q @ basis  # [N, Q, rank]
-    scores = projected @ tokens.view(n, m * c, rank).transpose(1, 2)  # [N, Q, m*C]
-    return scores.view(n, -1, m, c).amax(dim=-1) + q @ mean[..., None]
+    n, m, c, planes = codes.shape
+    factors = (q @ basis)[:, None] * scale.float()[:, :, None]  # [N, m, Q, rank]
+    offset = factors.sum(-1) * (1 << (bits - 1))
+    factors = factors.flatten(0, 1)
+    scores = factors.new_zeros(())
+    for plane, numbers in enumerate(unpack_planes(codes, bits)):
+        part = factors[..., plane * planes : (plane + 1) * planes]
+        numbers = numbers[..., : part.shape[-1]].reshape(n * m, c, -1).float()
+        scores = torch.baddbmm(scores, part, numbers.transpose(1, 2))  # [N*m, Q, C]
+    best = scores.amax(dim=-1).view(n, m, -1) - offset
+    return best.transpose(1, 2) + q @ mean[..., None]
 
 
 def mean_scores(q: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
@@ -128,8 +133,15 @@ def top_chunks(weights: torch.Tensor, select: int) -> torch.Tensor:
 
     ``weights`` [N, m] float32 -> [N, min(select, m)] int64, ascending.
     """
-    order = torch.sort(weights, dim=-1, descending=True, stable=True).indices
-    return order[:, :select].sort(dim=-1).values
+    n, m = weights.shape
+    if m <= select:
+        return torch.arange(m, device=weights.device).expand(n, -1)
+    weights = weights.nan_to_num()
+    least = weights.topk(select, sorted=False).values.amin(dim=-1, keepdim=True)
+    above, ties = weights > least, weights == least
+    wanted = select - above.sum(dim=-1, keepdim=True)
+    chosen = above | (ties & (ties.cumsum(dim=-1) <= wanted))
+    return chosen.nonzero()[:, 1].view(n, select)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,10 @@ Two ways that give the same: torch, and Triton kernels on CUDA, which find the s
 device and read the number of chunks there.
 """
 
+import itertools
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 
@@ -13,10 +15,12 @@ from kvtier.kernels.backend import runs_triton
 from kvtier.kernels.select import SelectWorkspace, SlabSummaries, chunk_weights, select_triton, top_chunks
 from kvtier.runtime.budget import Budget
 from kvtier.runtime.sequence import LayerChunks
-from kvtier.runtime.summary import Summary
+from kvtier.runtime.summary import Codes, Summary
 
 SCORE_BYTES = 64 << 20
 """Scores [N, queries, chunks] are weighed in torch in pieces of at most this size."""
+PIECE_BYTES = 512 << 10
+"""Summaries that one call of torch scores: smaller calls cost more than what they do, larger ones leave the cache."""
 FEWEST_CHUNKS = 1024
 """That Triton's scratch is made for."""
 
@@ -53,9 +57,21 @@ class TorchSelection(LayerSelection):
         step = max(1, SCORE_BYTES // (4 * rows.shape[0] * n_chunks))
         weights = torch.zeros(rows.shape[0], n_chunks, device=rows.device)
         for part in rows.split(step, dim=1):
-            slabs = [self._summary.scores(chunks.fitted.state, codes, part) for codes in chunks.codes.slabs(n_chunks)]
-            weights += chunk_weights(torch.cat(slabs, dim=-1)) * (part.shape[1] / rows.shape[1])
+            pieces = [self._summary.scores(chunks.fitted.state, codes, part) for codes in _pieces(chunks, n_chunks)]
+            weights += chunk_weights(torch.cat(pieces, dim=-1)) * (part.shape[1] / rows.shape[1])
         return weights
+
+
+def _pieces(chunks: LayerChunks, n_chunks: int) -> Iterator[Codes]:
+    """The summaries of the first ``n_chunks`` chunks: small slabs beside each other, large ones as they lie."""
+    slabs = chunks.codes.slabs(n_chunks)
+    while first := next(slabs, None):
+        nbytes = sum(t.nbytes for t in first.values())
+        more = list(itertools.islice(slabs, max(0, PIECE_BYTES // nbytes - 1)))
+        if more:
+            yield {name: torch.cat([t, *(slab[name] for slab in more)], dim=1) for name, t in first.items()}
+        else:
+            yield first
 
 
 class TritonSelection(LayerSelection):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kvtier.kernels import select as kernel
 from kvtier.kernels.backend import INTERPRETED
 from kvtier.kernels.basis import fit_basis
+from kvtier.kernels.quantize import unpack
 from kvtier.kernels.select import (
     GROUP,
     SelectConfig,
@@ -86,7 +87,7 @@ class Doubled:
 
 
 def double_sketch(q, codes, scale, mean, basis, bits):
-    tokens = kernel.unpack(codes, bits, basis.shape[-1]).double() * scale.double()[:, :, None]
+    tokens = unpack(codes, bits, basis.shape[-1]).double() * scale.double()[:, :, None]
     scores = torch.einsum("nqr,nmcr->nqmc", q.double() @ basis.double(), tokens).amax(dim=-1)
     return scores + q.double() @ mean.double()[..., None]
 

@@ -3,9 +3,12 @@
 import pytest
 import torch
 from engines import Case, make_geometry, random_tokens, tiered
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from interpreter import repair
 
 from kvtier.kernels.backend import triton
+from kvtier.kernels.select import top_chunks
 from kvtier.runtime import layer_selection
 from kvtier.runtime.layer_selection import TorchSelection, TritonSelection, make_selection
 
@@ -66,3 +69,27 @@ def test_without_triton_torch_says_why(monkeypatch):
         with pytest.warns(UserWarning, match="selection runs in torch, more slowly than in Triton"):
             assert type(make_selection(summary, torch.device("cuda"), gpu)) is TorchSelection
         assert type(make_selection(summary, torch.device("cpu"), gpu)) is TorchSelection
+
+
+@pytest.mark.parametrize("nbytes", [1, 3000, 1 << 30])
+def test_pieces_of_any_size_choose_the_same(monkeypatch, nbytes):
+    case = Case(GEOMETRY, n_layers=1, head_dim=16, kind="sketch", rank=8)
+    usual = choices(case, False)[0]
+    joined, cat = [], torch.cat
+    monkeypatch.setattr(layer_selection, "PIECE_BYTES", nbytes)
+    monkeypatch.setattr(layer_selection.torch, "cat", lambda x, dim: joined.append(dim == 1) or cat(x, dim=dim))
+    assert choices(case, False)[0] == usual
+    assert any(joined) == (nbytes > 3000), "the slabs are beside each other or not"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 40), st.integers(1, 5), st.integers(0, 1000))
+def test_ties_go_to_the_lower_index(n, m, select, values, seed):
+    weights = torch.randint(0, values, (n, m), generator=torch.Generator().manual_seed(seed)).float()
+    order = torch.sort(weights, dim=-1, descending=True, stable=True).indices
+    assert torch.equal(top_chunks(weights, select), order[:, :select].sort(dim=-1).values)
+
+
+def test_weights_that_are_no_numbers_choose_as_many():
+    weights = torch.tensor([[0.5, float("nan"), 0.2, 0.3], [float("nan")] * 4])
+    assert top_chunks(weights, 2).tolist() == [[0, 3], [0, 1]]
