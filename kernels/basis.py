@@ -22,9 +22,9 @@ def fit_basis(keys: torch.Tensor, q_outer: torch.Tensor, rank: int) -> tuple[tor
 
     Parameters
     ----------
-    keys : Tensor [N, n, D]
+    keys : Tensor [N, n, D], finite
         The un-rotated keys then held after the sinks.
-    q_outer : Tensor [N, D, D], float32
+    q_outer : Tensor [N, D, D], float32, finite
         Sum (or mean) of q q^T over the un-rotated queries so far, of all query heads of the KV head.
     rank : int
         Directions kept, at most D.

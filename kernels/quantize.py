@@ -105,7 +105,9 @@ def quantize_chunks(chunks: torch.Tensor, bits: int) -> torch.Tensor:
 
     Parameters
     ----------
-    chunks : Tensor [n, 2, C, D], finite
+    chunks : Tensor [n, 2, C, D]
+        NaN or infinity spoils all that shares its pair: a channel of K, a group of a token of V. None of it is finite
+        when it is read.
     bits : 4 or 8
 
     Returns
@@ -155,8 +157,9 @@ def _fit(low: torch.Tensor, high: torch.Tensor, top: int) -> tuple[torch.Tensor,
 
 
 def _encode(x: torch.Tensor, step: torch.Tensor, zero: torch.Tensor, top: int) -> torch.Tensor:
-    quotient = torch.where(step > 0, (x - zero) / step, torch.zeros_like(x))
-    return quotient.clamp(0, top).round().to(torch.uint8)
+    quotient = (x - zero) / step
+    quotient = torch.where((step > 0) & (quotient > 0), quotient, torch.zeros_like(x))  # NaN is not above 0
+    return quotient.clamp(max=top).round().to(torch.uint8)
 
 
 def _spread(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -192,14 +195,27 @@ def round_even(x):
 def _round_bf16(x):
     """The bits of the bfloat16 nearest to float32 ``x``, ties to even, in the upper half of an int32."""
     b_bits = x.to(tl.int32, bitcast=True)
-    return (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & -65536
+    # a NaN with all bits set, as the hardware makes it, would be rounded to zero
+    return tl.where(x == x, (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & -65536, 0x7FC00000)
+
+
+@jit
+def _least(a, b):
+    """The smaller one, NaN if one is."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def _largest(a, b):
+    """The larger one, NaN if one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit
 def _fit_words(b_low, b_high, TOP: tl.constexpr):
     """As ``_fit``, and the words that hold the two: step, zero float32, words int32."""
     b_zero = _round_bf16(b_low + 0.0)
-    b_step = _round_bf16(tl.maximum((b_high - b_zero.to(tl.float32, bitcast=True)) * (1.0 / TOP), 0.0))
+    b_step = _round_bf16(_largest((b_high - b_zero.to(tl.float32, bitcast=True)) * (1.0 / TOP), 0.0))
     b_word = b_zero | ((b_step >> 16) & 0xFFFF)
     return b_step.to(tl.float32, bitcast=True), b_zero.to(tl.float32, bitcast=True), b_word
 
@@ -208,7 +224,7 @@ def _fit_words(b_low, b_high, TOP: tl.constexpr):
 def _encode_block(b_x, b_step, b_zero, TOP: tl.constexpr):
     """As ``_encode``, int32."""
     b_quotient = tl.where(b_step > 0, tl.div_rn(b_x - b_zero, tl.where(b_step > 0, b_step, 1.0)), 0.0)
-    return round_even(tl.minimum(tl.maximum(b_quotient, 0.0), TOP))
+    return round_even(tl.minimum(tl.where(b_quotient > 0, b_quotient, 0.0), TOP))  # NaN is not above 0
 
 
 @jit
@@ -264,13 +280,13 @@ def quantize_kernel(
             b_k = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
             b_v = tl.load(p_x + C * D + o_x, mask=m_x, other=0.0).to(tl.float32)
             # [BG, GROUP]
-            b_low = tl.min(tl.where(m_x, b_k, float("inf")), axis=0)
-            b_high = tl.max(tl.where(m_x, b_k, -float("inf")), axis=0)
+            b_low = tl.reduce(tl.where(m_x, b_k, float("inf")), 0, _least)
+            b_high = tl.reduce(tl.where(m_x, b_k, -float("inf")), 0, _largest)
             b_step_k, b_zero_k, b_word_k = _fit_words(b_low, b_high, TOP)
             tl.store(p_words + o_d, b_word_k, mask=m_d)
             # [BC, BG]
-            b_low = tl.min(tl.where(m_x, b_v, float("inf")), axis=2)
-            b_high = tl.max(tl.where(m_x, b_v, -float("inf")), axis=2)
+            b_low = tl.reduce(tl.where(m_x, b_v, float("inf")), 2, _least)
+            b_high = tl.reduce(tl.where(m_x, b_v, -float("inf")), 2, _largest)
             b_step_v, b_zero_v, b_word_v = _fit_words(b_low, b_high, TOP)
             tl.store(p_words + D + o_c[:, None] * G + o_g[None, :], b_word_v, mask=m_c & (o_g < G)[None, :])
             # [BC, BG, GROUP]

@@ -3,18 +3,27 @@
 On the disk it is a zarr array of 8192 bytes in two files of 4096, ``commit/c.0`` and ``commit/c.1``. A slot:
 ``magic [8] | number uint64 | length uint32 | crc32c uint32 | JSON [length] | zeros``; the checksum is of everything but
 itself, the highest number whose checksum is right counts.
+
+Until the first commit is on the disk, the sequence's folder holds a folder ``UNCOMMITTED``: without it and without a
+commit, a sequence has lost its commits.
 """
 
 import json
 import os
+import shutil
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from kvtier.runtime.errors import StoreError
 from kvtier.runtime.zarr_arrays import sync_folder
 
 SLOT_BYTES = 4096
+UNCOMMITTED = "uncommitted"
+"""In a sequence's folder until its first commit; a zarr group, since zarr warns of what is none."""
 _MAGIC = b"kvtier.1"
 _HEADER = struct.Struct("<8sQII")
 
@@ -56,6 +65,11 @@ def checksum(data: object, start: int = 0) -> int:
     return value
 
 
+def checksums(records: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
+    """crc32c of each of ``records`` [n, bytes], contiguous: uint32 [n]."""
+    return np.fromiter((checksum(record) for record in records), np.uint32, len(records))
+
+
 def read_commit(folder: Path) -> Commit | None:
     """The last commit in the array ``folder``, None if there was none; raises StoreError if none can be read."""
     slots = read_slots(folder)
@@ -74,7 +88,10 @@ def read_slots(folder: Path) -> list[Commit | str | None]:
 
 
 def write_commit(folder: Path, commit: Commit) -> None:
-    """Put ``commit`` on the disk, over the older slot; raises OSError with the newer slot unharmed."""
+    """Put ``commit`` on the disk, over the older slot; raises OSError with the newer slot unharmed.
+
+    ``folder`` : of the array, in the sequence's folder
+    """
     payload = json.dumps(asdict(commit), separators=(",", ":")).encode()
     assert len(payload) <= SLOT_BYTES - _HEADER.size, "the commit record is too long"
     head = struct.pack("<QI", commit.number, len(payload))
@@ -89,6 +106,14 @@ def write_commit(folder: Path, commit: Commit) -> None:
         os.close(fd)
     if is_new:
         sync_folder(folder)
+        end_uncommitted(folder.parent)
+
+
+def end_uncommitted(sequence: Path) -> None:
+    """After the first commit: on the disk when this returns, so that it is never taken for one that had none."""
+    if (sequence / UNCOMMITTED).exists():
+        shutil.rmtree(sequence / UNCOMMITTED)
+        sync_folder(sequence)
 
 
 def _read_slot(path: Path) -> Commit | str | None:

@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvtier.runtime.commit_record import SLOT_BYTES, checksum
+from kvtier.runtime.commit_record import SLOT_BYTES, checksum, checksums
 from kvtier.runtime.direct_io import RecordIO
 from kvtier.runtime.errors import StoreError
 from kvtier.runtime.shards import ShardLayout
@@ -175,7 +175,7 @@ class SequenceFiles:
             self._create_shard(int(shard))
         flat = payload.reshape(m * heads, -1)
         self.io.write(self._paths, shards, slots * self.layout.shard.record_bytes, flat)
-        sums = np.fromiter((checksum(record) for record in flat), np.uint32, len(flat))
+        sums = checksums(flat)
         for shard in np.unique(shards).tolist():
             mine = shards == shard
             self._known[shard][slots[mine]] = sums[mine]

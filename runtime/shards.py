@@ -4,6 +4,12 @@ One file holds ``S`` records of ``R`` bytes: record ``i`` of the array is at byt
 ``c/<i // S>/0``. The shard index that zarr readers want follows the records and never changes: it lists
 every record at that place, written or not. Payloads are padded to a multiple of 4096 bytes, for reads that
 bypass the page cache.
+
+The checksum of each record stays in the memory of the process that wrote it, and every read is checked against it.
+That finds what the device or another program made of a record, and a write that never arrived: then an older record,
+another one or zeros are in its place. Cost: 1.7 us for a record of 16 KiB (10 GB/s), which the disk beside it takes
+20 us to read (0.8 GB/s); 0.9 us for one of 4 KiB (one core of an AMD EPYC, google_crc32c 1.9, random records from a
+virtual disk).
 """
 
 import errno
@@ -15,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from kvtier.runtime.budget import format_bytes
+from kvtier.runtime.commit_record import checksums
 from kvtier.runtime.direct_io import RecordIO, no_room
 from kvtier.runtime.direct_lanes import BLOCK_BYTES as BLOCK_BYTES
 from kvtier.runtime.direct_lanes import Bytes
@@ -95,6 +102,8 @@ class ShardFiles:
         self._path = array_path
         self._index = layout.index()
         self._files: list[Path] = []
+        self._sums = np.zeros(0, np.uint32)
+        """By record, what was written last; with room to grow. Like page tables, no budget counts it."""
         self._made: RecordIO | None = None
 
     @property
@@ -135,6 +144,9 @@ class ShardFiles:
                 raise self._no_room(path, error) from error
             raise
         self._files.append(path)
+        lacking = self.n_shards * self.layout.n_records - len(self._sums)
+        if lacking > 0:
+            self._sums = np.append(self._sums, np.zeros(max(lacking, len(self._sums)), np.uint32))
 
     def remove_last(self) -> None:
         """Undo the last ``add``."""
@@ -148,10 +160,24 @@ class ShardFiles:
         for shard in np.unique(shards).tolist():
             self._check_length(self._files[shard])
         self._io.write(self._files, shards, offsets, payload)
+        self._sums[records] = checksums(payload)
 
     def read(self, records: Ids, payload: Bytes) -> None:
-        """Read ``records`` [n] into ``payload`` [n, payload_bytes], in the caller's order."""
-        self._io.read(self._files, *self._places(records), payload)
+        """Read ``records`` [n] into ``payload`` [n, payload_bytes], in the caller's order.
+
+        Raises StoreError also when one of them is not what ``write`` wrote; ``payload`` must not be used then.
+        """
+        shards, offsets = self._places(records)
+        self._io.read(self._files, shards, offsets, payload)
+        wrong = np.flatnonzero(checksums(payload) != self._sums[records])
+        if wrong.size:
+            first = wrong[0]
+            raise StoreError(
+                f"{self._files[shards[first]]} holds other data at byte {offsets[first]} than were written there "
+                f"({wrong.size} of {len(records)} chunks read): another program changed the file, or the device lost a "
+                "write or damages what it keeps. None of these chunks was used. Caches that need them cannot go on, "
+                "all others can: check the device, or choose another [store] path, and read the text again."
+            )
 
     def close(self) -> None:
         """Close all files."""

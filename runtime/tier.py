@@ -79,7 +79,10 @@ class Tier(ABC):
 
     @abstractmethod
     def get(self, ids: Ids, out: torch.Tensor) -> None:
-        """Copy the chunks of ``ids`` [n], all held, into ``out`` [n, 2, C, D] (any device) and mark them used."""
+        """Copy the chunks of ``ids`` [n], all held, into ``out`` [n, 2, C, D] (any device) and mark them used.
+
+        Raises StoreError for a device that fails, or gives back other bytes than it got: ``out`` is undefined then.
+        """
 
     @abstractmethod
     def drop(self, ids: Ids) -> None:

@@ -14,6 +14,7 @@ from kvtier.kernels.quantize import (
     quantize_chunks,
     quantize_chunks_triton,
     record_bytes,
+    record_words,
 )
 
 CUDA = torch.cuda.is_available()
@@ -98,6 +99,41 @@ def test_constant_and_empty_chunks(bits, dtype):
     assert dequantize_chunks(none, bits, 8, 40, dtype).shape == (0, 2, 8, 40)
 
 
+NUMPY_WARNS = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # in the interpreter
+NOT_FINITE = [torch.nan, torch.inf, -torch.inf]
+
+
+def spoiled(x, place, value):
+    """``x`` with ``value`` at ``place`` (K or V, token, channel) of its first chunk; what shares a pair with it."""
+    x, mask = x.clone(), torch.zeros_like(x, dtype=torch.bool)
+    what, token, channel = place
+    x[0, what, token, channel] = value
+    group = channel // GROUP * GROUP
+    mask[(0, 0, slice(None), channel) if what == 0 else (0, 1, token, slice(group, group + GROUP))] = True
+    return x, mask
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize("place", [(0, 0, 0), (0, 7, 39), (1, 3, 0), (1, 0, 31), (1, 7, 39)])
+def test_what_is_not_finite_does_not_become_finite(bits, dtype, value, place):
+    """Nor does it spoil more than its own pair."""
+    whole = some_chunks(2, 8, 40, dtype)
+    x, mask = spoiled(whole, place, value)
+    back = dequantize_chunks(quantize_chunks(x, bits), bits, 8, 40, dtype)
+    assert not back[mask].isfinite().any()
+    expected = dequantize_chunks(quantize_chunks(whole, bits), bits, 8, 40, dtype)
+    assert torch.equal(back[~mask], expected[~mask])
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_chunks_of_nothing_finite(bits, value):
+    x = torch.full((1, 2, 8, 40), value)
+    assert not dequantize_chunks(quantize_chunks(x, bits), bits, 8, 40, x.dtype).isfinite().any()
+
+
 # -- Triton ------------------------------------------------------------------------------------------------------------
 
 
@@ -106,10 +142,19 @@ def check_both_ways(x, bits, device):
     records = quantize_chunks(x, bits)
     out = torch.full_like(records, 0xA5, device=device)
     quantize_chunks_triton(x.to(device), bits, out)
-    assert torch.equal(out.cpu(), records)
-    back = torch.full_like(x, torch.nan, device=device)
+    assert torch.equal(one_nan(out.cpu(), chunk, dim, bits), one_nan(records, chunk, dim, bits))
+    back = torch.full_like(x, 77.0, device=device)
     dequantize_chunks_triton(out, bits, back)
-    assert torch.equal(back.cpu(), dequantize_chunks(records, bits, chunk, dim, x.dtype))
+    expected = dequantize_chunks(records, bits, chunk, dim, x.dtype)
+    torch.testing.assert_close(back.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def one_nan(records, chunk, dim, bits):
+    """Records with the same bits for every NaN among their words."""
+    records, words = records.clone(), record_words(chunk, dim, bits)
+    values = records[:, words].contiguous().view(torch.bfloat16)
+    records[:, words] = torch.where(values.isnan(), torch.nan, values).view(torch.uint8)
+    return records
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -117,6 +162,27 @@ def check_both_ways(x, bits, device):
 @pytest.mark.parametrize(("chunk", "dim"), SHAPES)
 def test_triton_agrees_bit_for_bit(device, bits, chunk, dim, dtype):
     check_both_ways(some_chunks(2, chunk, dim, dtype), bits, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("value", NOT_FINITE)
+@NUMPY_WARNS
+def test_triton_agrees_on_what_is_not_finite(device, bits, value, dtype):
+    x = some_chunks(1, 8, 40, dtype)
+    for place in [(0, 0, 0), (0, 7, 39), (1, 3, 0), (1, 0, 31), (1, 7, 39)]:
+        x, _ = spoiled(x, place, value)
+    check_both_ways(torch.cat([x, torch.full_like(x, value)]), bits, device)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("pattern", [0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000])
+@NUMPY_WARNS
+def test_triton_agrees_on_every_nan(device, bits, pattern):
+    """The hardware makes 0x7fffffff; rounded like a number it would be zero."""
+    x = some_chunks(2, 8, 40)
+    x.view(torch.int32)[0, 0, 3, 5] = x.view(torch.int32)[1, 1, 3, 5] = pattern
+    check_both_ways(x, bits, device)
 
 
 @pytest.mark.slow

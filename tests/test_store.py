@@ -1,5 +1,6 @@
 """What the disk tier does beyond the contract: files that zarr reads, errors of paths and devices, scratch."""
 
+import contextlib
 import errno
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 import zarr
 from tier_contract import CHUNK, DTYPES, HEAD_DIM, empty_chunks, random_chunks, same_bits
 
+from kvtier.kernels.quantize import quantize_chunks
 from kvtier.runtime import direct_io, direct_lanes, shards
 from kvtier.runtime.budget import Budget
 from kvtier.runtime.errors import BudgetError, StoreError
@@ -331,3 +333,132 @@ def test_neighbours_are_read_and_written_in_one_call(
     store.close()
     sizes = [1000 % 256 * 4096, MIB, MIB, MIB]  # 256 records a call
     assert sorted(calls) == [("read", size) for size in sizes] + [("write", size) for size in sizes]
+
+
+# -- records that are not what was written ----------------------------------------------------------------------------
+
+
+FORMS = [(torch.float32, None), (torch.bfloat16, None), (torch.float16, None), (torch.float32, 8), (torch.float32, 4)]
+
+
+def some_items(n: int, dtype: torch.dtype, bits: int | None, seed: int = 0) -> torch.Tensor:
+    """Chunks, or records of so many ``bits``."""
+    chunks = torch.randn(n, 2, CHUNK, HEAD_DIM, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return chunks if bits is None else quantize_chunks(chunks, bits)
+
+
+def read_ids(store: StoreTier, *ids: int) -> torch.Tensor:
+    out = torch.empty((len(ids), *store._shape), dtype=store._dtype)
+    store.get(np.array(ids), out)
+    return out
+
+
+class Shard:
+    """The first file of a store; a record is 4096 bytes."""
+
+    def __init__(self, store: StoreTier) -> None:
+        self.path = store.scratch / "kv" / "c" / "0" / "0"
+
+    def __getitem__(self, slot: int) -> bytes:
+        return self.path.read_bytes()[slot * 4096 : (slot + 1) * 4096]
+
+    def __setitem__(self, slot: int, record: bytes) -> None:
+        assert len(record) == 4096
+        with self.path.open("r+b") as file:
+            file.seek(slot * 4096)
+            file.write(record)
+
+
+def flipped(record: bytes, bit: int) -> bytes:
+    return bytes(byte ^ (1 << bit % 8) if i == bit // 8 else byte for i, byte in enumerate(record))
+
+
+@pytest.mark.parametrize(("dtype", "bits"), FORMS, ids=str)
+def test_one_flipped_bit_is_refused_wherever_it_is(tmp_path: Path, dtype: torch.dtype, bits: int | None) -> None:
+    with contextlib.closing(StoreTier(tmp_path, Budget("disk", MIB), CHUNK, HEAD_DIM, dtype, bits)) as store:
+        items = some_items(3, dtype, bits)
+        store.put(np.arange(3), items)
+        shard, end = Shard(store), 8 * store.item_bytes
+        whole = shard[1]
+        for bit in (0, end - 1, *np.random.default_rng(0).integers(0, end, 30).tolist()):
+            shard[1] = flipped(whole, bit)
+            with pytest.raises(StoreError, match=rf"{shard.path} holds other data at byte 4096 than were written"):
+                read_ids(store, 1)
+        for bit in range(end, 8 * 4096, 997):  # padding, which nobody reads
+            shard[1] = flipped(whole, bit)
+            assert same_bits(read_ids(store, 0, 1, 2), items)
+
+
+def another(how: str, old: bytes, new: bytes, neighbour: bytes) -> bytes:
+    """What is in the place of ``new``, which replaced ``old``."""
+    torn = {"torn": new[:512] + old[512:], "torn the other way": old[:512] + new[512:]}
+    return {"older": old, "neighbour": neighbour, "zeros": bytes(4096), **torn}[how]
+
+
+@pytest.mark.parametrize("how", ["older", "neighbour", "zeros", "torn", "torn the other way"])
+@pytest.mark.parametrize(("dtype", "bits"), FORMS, ids=str)
+def test_another_record_in_its_place_is_refused(tmp_path: Path, dtype: torch.dtype, bits: int | None, how: str) -> None:
+    with contextlib.closing(StoreTier(tmp_path, Budget("disk", MIB), CHUNK, HEAD_DIM, dtype, bits)) as store:
+        old, items = some_items(3, dtype, bits, seed=1), some_items(3, dtype, bits, seed=2)
+        store.put(np.arange(3), old)
+        shard = Shard(store)
+        older = shard[1]
+        store.drop(np.arange(3))
+        store.put(np.arange(3), items)
+        whole, neighbour = shard[1], shard[2]
+        shard[1] = another(how, older, whole, neighbour)
+        before = (store.counters.bytes_read, store.coldest(3).tolist())
+        refused = rf"{shard.path} holds other data at byte 4096 .*\(1 of 3 chunks read\).*None of these chunks was used"
+        for _ in range(2):  # at every read
+            with pytest.raises(StoreError, match=refused + ".*check the device.*read the text again"):
+                read_ids(store, 2, 1, 0)
+        assert (store.counters.bytes_read, store.coldest(3).tolist()) == before
+        assert same_bits(read_ids(store, 0, 2), items[[0, 2]])
+        shard[1] = whole
+        assert same_bits(read_ids(store, 0, 1, 2), items)
+
+
+def test_a_record_that_changes_after_its_first_read_is_refused(tmp_path: Path) -> None:
+    with contextlib.closing(open_store(tmp_path)) as store:
+        items = some_items(1, torch.float32, None)
+        store.put(np.arange(1), items)
+        assert same_bits(read_ids(store, 0), items)
+        shard = Shard(store)
+        shard[0] = flipped(shard[0], 77)
+        strided = torch.zeros(1, 2, CHUNK, 2 * HEAD_DIM)[..., ::2]
+        for out in (torch.empty_like(items), strided):
+            with pytest.raises(StoreError, match="holds other data at byte 0 "):
+                store.get(np.arange(1), out)
+        assert (strided == 0).all()
+
+
+def test_a_write_that_never_arrives_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device says yes, and keeps what was there; in every shard."""
+    monkeypatch.setattr(shards, "SHARD_BYTES", 4 * 4096)
+    with contextlib.closing(open_store(tmp_path)) as store:
+        old, items = some_items(10, torch.float32, None, seed=1), some_items(10, torch.float32, None, seed=2)
+        store.put(np.arange(10), old)
+        store.drop(np.arange(10))
+        store.put(np.arange(5), items[:5])
+        with monkeypatch.context() as patched:
+            patched.setattr(direct_io.RecordIO, "write", lambda *_: None)
+            store.put(np.arange(5, 10), items[5:])
+        assert same_bits(read_ids(store, *range(5)), items[:5])
+        for i in range(5, 10):
+            with pytest.raises(StoreError, match="holds other data at byte"):
+                read_ids(store, i)
+        store.drop(np.arange(5, 10))
+        store.put(np.arange(5, 10), items[5:])
+        assert same_bits(read_ids(store, *range(10)), items)
+
+
+def test_a_write_that_fails_leaves_no_checksum_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slot goes to the next chunk, whose checksum counts."""
+    with contextlib.closing(open_store(tmp_path)) as store:
+        items = some_items(2, torch.float32, None)
+        with monkeypatch.context() as patched:
+            patched.setattr(direct_io.RecordIO, "write", lambda *_: os.close(-1))
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                store.put(np.arange(1), items[:1])
+        store.put(np.arange(1), items[1:])
+        assert same_bits(read_ids(store, 0), items[1:])
