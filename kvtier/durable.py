@@ -1,6 +1,7 @@
 """``[store] mode = "durable"``: a text is saved while it is read, and only what the store does not have is read."""
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -47,15 +48,18 @@ def read(
         The store cannot be written, or a budget does not suffice. What was committed stays.
     """
     attributes = describe(kv, select)
-    found, sequence, id = _begin(kv, library, ids, select, attributes)
+    found, sequence, id, damaged = _begin(kv, library, ids, select, attributes)
     cache, resumed = kv._wrap([sequence]), sequence.length
+    if resumed < len(ids) and damaged:
+        _warn(damaged, id, len(ids) - resumed)
     on_block(resumed)
     try:
         own = found.entry if found is not None and found.entry.id == id else None
         last = NOTHING if own is None or own.commit is None else own.commit
         files = None if own is None else SequenceFiles(own.path, layout_of(own.attributes))
         if resumed < len(ids):
-            files = files or new_files(kv, library, id, attributes, inherited(engine_of(kv), sequence, library))
+            parts = inherited(engine_of(kv), sequence, library)
+            files = files or new_files(kv, library, id, attributes | {"text_tokens": len(ids)}, parts)
             _Writing(kv, files, last, budget, sequence, on_block).feed(cache, ids[None, resumed:])
         elif files is not None and not last.complete:  # killed between the last block and this
             Committer(engine_of(kv), files, last, None).commit(sequence, complete=True)
@@ -66,14 +70,27 @@ def read(
             f"{library.path} cannot be written: {error}. What was committed before is intact; free space there, or "
             "choose another [store] path"
         ) from error
+    finally:
+        library.settle()
     return cache, resumed
+
+
+def _warn(damaged: dict[str, str], id: str, n_tokens: int) -> None:
+    """Say that ``n_tokens`` are read which the store may have; ``damaged``: reasons by id, as ``find`` returns them."""
+    lines = []
+    for other, reason in damaged.items():
+        then = "Whether it holds this text cannot be told"
+        if other == id:
+            then = "It is of this text; it is kept until the text has been read and saved again"
+        lines.append(f"{reason}. {then}.")
+    warnings.warn(f"{' '.join(lines)} {n_tokens} tokens are read", stacklevel=5)
 
 
 def _begin(
     kv: "Offload", library: Library, ids: torch.Tensor, select: int, attributes: Attributes
-) -> tuple[Found | None, TieredSequence, str]:
-    """What the store has of ``ids``, opened, and the id of the sequence that all of them will be."""
-    found = find(kv, library, ids.numpy(), select, lambda entry, reason: None)
+) -> tuple[Found | None, TieredSequence, str, dict[str, str]]:
+    """What the store has of ``ids``, opened; the id of the sequence that all of them will be; and what is damaged."""
+    found, damaged = find(kv, library, ids.numpy(), select, lambda entry, reason: None)
     while True:
         sequence = engine_of(kv).new_sequence(select) if found is None else open_found(kv, library, found)
         rest, starts = len(ids) - sequence.length, list(sequence.block_starts)
@@ -81,8 +98,8 @@ def _begin(
             starts += [sequence.length + begin for begin, _ in kv.geometry.schedule(rest)]
         id = sequence_id(attributes, ids.numpy(), starts, rewound=False)
         own = library.read(id) if found is not None and found.entry.id != id else None
-        if own is None or own.problem is not None:
-            return found, sequence, id
+        if own is None or own.problem is not None or id in damaged:
+            return found, sequence, id, damaged
         # An interrupted reading of these tokens goes on, although another sequence has more of them: that one can refer
         # to its chunks, which would be lost if it was written anew.
         engine_of(kv).release(sequence)

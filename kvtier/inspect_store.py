@@ -11,14 +11,16 @@ def describe_store(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What ``kvtier inspect --json`` prints; raises StoreError if ``path`` is no store.
 
     A sequence whose record cannot be read has its reason under ``problem``; only its id is known then, and the rest is
-    None. ``parts``: ids of the sequences whose chunks it refers to, and without which it cannot be opened.
+    None. ``text_tokens``: of the whole text, also while a sequence holds its beginning alone; None: not known.
+    ``parts``: ids of the sequences whose chunks it refers to, and without which it cannot be opened. ``replaced``:
+    folders of what it was before it was written anew, which are kept until it is complete.
     """
     store = Library(path)
-    sequences = [_describe(entry) for entry in store.entries()]
+    sequences = [_describe(store, entry) for entry in store.entries()]
     return {"store": str(store.path), "sequences": sequences}
 
 
-def _describe(entry: Entry) -> dict[str, Any]:
+def _describe(store: Library, entry: Entry) -> dict[str, Any]:
     known = entry.problem is None
     a = entry.attributes
     model = a.get("model", {})
@@ -26,8 +28,10 @@ def _describe(entry: Entry) -> dict[str, Any]:
     return {
         "id": entry.id,
         "tokens": entry.tokens if known else None,
+        "text_tokens": a.get("text_tokens"),
         "complete": entry.commit.complete if entry.commit else None,
         "parts": [id for id, _ in a.get("parts", [])],
+        "replaced": [str(folder) for folder in store.replaced(entry.id)],
         "bytes": entry.nbytes if known else None,
         "model": model.get("name"),
         "model_class": model.get("class"),
@@ -48,9 +52,23 @@ def table(report: dict[str, Any]) -> str:
     for s in sequences:
         if s["problem"]:
             lines.append(f"{s['id']:<14}damaged: {s['problem']}")
-            continue
-        created = s["created"][:16].replace("T", " ")
-        notes = ["" if s["complete"] else "not complete", ", ".join(s["parts"]) and f"needs {', '.join(s['parts'])}"]
-        note = "".join(f", {note}" for note in notes if note)
-        lines.append(f"{s['id']:<14}{s['tokens']:>12,}{format_bytes(s['bytes']):>13}  {created:<18}{s['model']}{note}")
+        else:
+            created, nbytes = s["created"][:16].replace("T", " "), format_bytes(s["bytes"])
+            lines.append(f"{s['id']:<14}{s['tokens']:>12,}{nbytes:>13}  {created:<18}{s['model']}{_note(s)}")
+        lines += [f"  written anew; until that is complete, what it was is kept in {path}" for path in s["replaced"]]
+    if any(s["problem"] for s in sequences):
+        lines.append(
+            "what is damaged is kept: put back a copy of its folder, or read and save the same text again, which "
+            "replaces it (`kvtier verify` lists all damage)"
+        )
     return "\n".join(lines)
+
+
+def _note(sequence: dict[str, Any]) -> str:
+    notes = []
+    if not sequence["complete"]:
+        of = sequence["text_tokens"]
+        notes.append("not complete" + (f": {sequence['tokens']:,} of {of:,} tokens" if of else ""))
+    if sequence["parts"]:
+        notes.append(f"needs {', '.join(sequence['parts'])}")
+    return "".join(f", {note}" for note in notes)

@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kvtier.remote_folder import RemoteFolder, Say
+from kvtier.runtime.commit_record import UNCOMMITTED
 from kvtier.runtime.errors import StoreError
 from kvtier.runtime.library import Entry, Library
-from kvtier.runtime.zarr_arrays import METADATA
-from kvtier.verify_store import _verify
+from kvtier.runtime.zarr_arrays import METADATA, PARTIAL
+from kvtier.verify_store import verify_sequence
 
 COMMITS = ("commit/c.0", "commit/c.1")
 IDENTITY = (METADATA, *COMMITS)
@@ -45,9 +46,10 @@ class Mirror(Library):
             raise StoreError(f"{error}".replace(str(self.path), self.remote.url)) from None
 
     def read(self, id: str) -> Entry | None:
-        """As Library's."""
+        """As Library's; its commits come last, so that what has none is being exported."""
         self._load(id)
-        return super().read(id)
+        is_exported = UNFINISHED not in self.sizes[id] and any(name in self.sizes[id] for name in COMMITS)
+        return super().read(id) if is_exported else None
 
     def entry(self, id: str | None = None) -> Entry:
         """As Library's."""
@@ -103,7 +105,7 @@ def chain_of(library: Library, entry: Entry) -> list[Entry]:
 
 def problems_of(library: Library, entry: Entry, say: Say) -> list[str]:
     """What is damaged in one sequence, not in those that it goes on from: lines that begin with the file."""
-    checked = _verify(library, entry, lambda line: say(f"checking {line}"))
+    checked = verify_sequence(library, entry, lambda line: say(f"checking {line}"))
     problems: list[str] = ["it was removed meanwhile"] if checked is None else checked.report()["problems"]
     return problems
 
@@ -122,7 +124,8 @@ def identity_of(folder: Path) -> dict[str, bytes]:
 
 
 def sizes_of(folder: Path) -> dict[str, int]:
-    """Bytes of the files of a sequence by name, without commits and without what a writer is about to rename."""
-    files = (file for file in folder.rglob("*") if file.is_file() and file.suffix != ".partial")
+    """Bytes of the files of a sequence by name, without commits and what a writer is about to rename or remove."""
+    files = (file for file in folder.rglob("*") if file.is_file() and file.suffix != PARTIAL)
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files if file.name != "partial"}
-    return {name: size for name, size in sorted(sizes.items()) if name not in COMMITS}
+    left_out = (*COMMITS, f"{UNCOMMITTED}/{METADATA}")
+    return {name: size for name, size in sorted(sizes.items()) if name not in left_out}

@@ -4,8 +4,6 @@
 it reads.
 """
 
-import hashlib
-import json
 import os
 import time
 import warnings
@@ -14,12 +12,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from kvtier.cache import TieredCache
+from kvtier.fingerprint import model_facts, weights_digest
 from kvtier.runtime.budget import format_bytes
 from kvtier.runtime.commit_record import read_slots
-from kvtier.runtime.committer import NOTHING, Committer, inherited, save_chunks
+from kvtier.runtime.committer import NOTHING, Committer, inherited, reads_from, save_chunks
 from kvtier.runtime.engine import Engine
 from kvtier.runtime.errors import KvtierError, StoreError, UnsupportedError
 from kvtier.runtime.library import Attributes, Entry, Library
@@ -35,43 +33,6 @@ if TYPE_CHECKING:
     from kvtier.offload import Offload
 
 Place = str | os.PathLike[str]
-
-IMMATERIAL = {
-    *("architectures", "attn_implementation", "chunk_size_feed_forward", "dtype", "experts_implementation", "id2label"),
-    *("initializer_range", "is_encoder_decoder", "label2id", "name_or_path", "output_attentions"),
-    *("output_hidden_states", "output_router_logits", "pretraining_tp", "problem_type", "return_dict", "torch_dtype"),
-    *("transformers_version", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
-}
-"""Fields of a model's config that change nothing in what it makes of given tokens; ``dtype`` is compared elsewhere."""
-SAMPLES = 256
-"""Values of each weight tensor that its fingerprint looks at."""
-
-
-def model_facts(model: Any) -> Attributes:
-    """What tells models apart, but for their weights: class and config; and the name, for people."""
-    fields = model.config.to_dict()
-    material = {k: v for k, v in fields.items() if k not in IMMATERIAL and k[0].isalpha()}
-    name = next((v for k, v in fields.items() if k.endswith("name_or_path") and v), fields["model_type"])
-    return {
-        "class": type(model).__name__,
-        "name": name,
-        "config": json.loads(json.dumps(material, default=str, sort_keys=True)),
-    }
-
-
-def weights_digest(model: Any) -> str:
-    """A hash of names, shapes, dtypes and ``SAMPLES`` evenly spaced values of every weight tensor.
-
-    A sample: it tells other models and further training apart, not a single changed value.
-    """
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        flat = weight.detach().flatten()
-        step = flat.numel() // SAMPLES | 1  # odd: an even step would meet one column of a matrix again and again
-        picked = flat[::step].cpu().contiguous()
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
-        digest.update(picked.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def refusal(kv: "Offload", entry: Entry) -> str | None:
@@ -135,7 +96,11 @@ def new_files(
     layout = make_layout(engine_of(kv), parts[-1][1] if parts else 0)
     held = {"parts": [list(part) for part in parts], "layout": layout_attributes(layout)}
     files = SequenceFiles(library.create(id, attributes | held), layout)
-    files.create()
+    try:
+        files.create()
+    except BaseException:
+        library.remove(id)
+        raise
     return files
 
 
@@ -156,7 +121,7 @@ def save(kv: "Offload", cache: TieredCache, path: Place) -> str:
     id = sequence_id(attributes, sequence.tokens.array(), sequence.block_starts, sequence._rewound)
     with library.writing():
         entry = library.read(id)
-        if entry is not None and any(part == id for part, _ in inherited(engine, sequence, library)):
+        if entry is not None and reads_from(engine, sequence, entry.path):
             _go_on(engine, library, sequence, entry)
         elif entry is None or not (_is_complete(entry) and _is_sound(library, entry)):
             _write(kv, engine, library, sequence, id, attributes)
@@ -168,7 +133,6 @@ def _go_on(engine: TieredEngine, library: Library, sequence: TieredSequence, ent
 
     Written anew, the sequence would lose them. Raises StoreError, BudgetError.
     """
-    files = SequenceFiles(entry.path, layout_of(entry.attributes))
     if not _is_sound(library, entry):
         raise StoreError(
             f"this cache reads its chunks from {entry.path}, where something else is damaged (`kvtier verify` lists "
@@ -177,6 +141,7 @@ def _go_on(engine: TieredEngine, library: Library, sequence: TieredSequence, ent
     assert entry.commit is not None
     if _is_complete(entry):
         return
+    files = SequenceFiles(entry.path, layout_of(entry.attributes))
     try:
         save_chunks(engine, sequence, files, entry.commit.chunks)
         Committer(engine, files, entry.commit, None).commit(sequence, complete=True)
@@ -214,7 +179,8 @@ def _write(
         save_chunks(engine, sequence, files)
         Committer(engine, files, NOTHING, None).commit(sequence, complete=True)
     except BaseException as error:
-        library.remove(id)
+        if files is not None:
+            library.remove(id)
         if isinstance(error, OSError) and not isinstance(error, StoreError):
             raise StoreError(
                 f"{library.path} cannot be written: {error}. What was saved before is intact; free space there, or "
@@ -252,22 +218,34 @@ def open_sequence(kv: "Offload", library: Library, id: str | None) -> TieredSequ
             f"the saved sequence {entry.path} cannot go on here: {reason}. Open it with the model and settings it was "
             "saved with (`kvtier inspect` shows them), or read the text again"
         )
-    _warn_of_older(library, entry)
+    if not _is_complete(entry) and (shorter := _older(library, entry) or _unfinished(library, entry)):
+        warnings.warn(shorter, stacklevel=3)
     return read_latest(kv, library, entry)
 
 
-def _warn_of_older(library: Library, entry: Entry) -> None:
-    """Say so when the newest commit is one that cannot be read, so that the one before counts."""
+def _older(library: Library, entry: Entry) -> str | None:
+    """What to say when the newest commit is one that cannot be read, so that the one before counts."""
     damaged = [slot for slot in read_slots(entry.path / "commit") if isinstance(slot, str)]
-    if not damaged or _is_complete(entry):  # after the commit that completes a sequence there is none
-        return
     now = library.read(entry.id)
-    if now is not None and now.commit == entry.commit:  # else a writer was at it
-        warnings.warn(
-            f"{damaged[0]}: the saved sequence {entry.path} is opened as it was at the commit before, with "
-            f"{entry.tokens} tokens; if more were saved, put back a copy of that folder or read the text again",
-            stacklevel=4,
-        )
+    if not damaged or now is None or now.commit != entry.commit:  # a writer was at it
+        return None
+    return (
+        f"{damaged[0]}: the saved sequence {entry.path} is opened as it was at the commit before, with "
+        f"{entry.tokens} tokens; if more were saved, put back a copy of that folder or read the text again"
+    )
+
+
+def _unfinished(library: Library, entry: Entry) -> str | None:
+    """What to say of a sequence that holds the beginning of its text alone."""
+    n_tokens = entry.attributes.get("text_tokens")  # written since readings say how far they were to go
+    if n_tokens == entry.tokens:
+        return None
+    of = f"{entry.tokens} of the {n_tokens} tokens" if n_tokens else f"{entry.tokens} tokens"
+    return (
+        f"the saved sequence {entry.path} is not complete: its reading was interrupted, or goes on. It is opened with "
+        f'the first {of} of its text; to read on, read that text with [store] path = "{library.path}" and mode = '
+        '"durable": it goes on there'
+    )
 
 
 def read_latest(kv: "Offload", library: Library, entry: Entry) -> TieredSequence:
@@ -290,19 +268,24 @@ class Found:
     length: int
 
 
-def find(kv: "Offload", library: Library, ids: Ids, select: int, refused: Callable[[Entry, str], None]) -> Found | None:
+def find(
+    kv: "Offload", library: Library, ids: Ids, select: int, refused: Callable[[Entry, str], None]
+) -> tuple[Found | None, dict[str, str]]:
     """What a store has of ``ids`` [n], from the first on, as ``kv`` would read them: the longest.
 
     Parameters
     ----------
     select : chunks that ``kv`` would attend to per KV head and step
     refused : told of those sequences of exactly these tokens that were read otherwise, and why
+
+    Returns
+    -------
+    The longest, and by id the reasons why it cannot be told what others hold.
     """
-    best = None
+    best, damaged = None, {}
     for entry in library.entries():
-        if not entry.tokens:
-            continue
         try:
+            entry.check()
             saved = SavedSequence(library, entry)
             is_all = entry.tokens <= len(ids) and not (saved.tokens() != ids[: entry.tokens]).any()
             length = entry.tokens if is_all else common_length(saved, engine_of(kv), ids)
@@ -310,12 +293,13 @@ def find(kv: "Offload", library: Library, ids: Ids, select: int, refused: Callab
                 continue
             reason = refusal(kv, entry) or read_otherwise(kv, entry, select)
         except StoreError as error:
-            is_all, reason = entry.tokens == len(ids), str(error)
+            damaged[entry.id] = str(error)
+            continue
         if reason is None:
             best = Found(entry, length)
         elif is_all and entry.tokens == len(ids):
             refused(entry, reason)
-    return best
+    return best, damaged
 
 
 def open_found(kv: "Offload", library: Library, found: Found) -> TieredSequence:
@@ -369,7 +353,11 @@ class Session:
 
     def _open(self, kv: "Offload", entry: Entry) -> TieredCache:
         started = time.perf_counter()
-        book = kv.open(self.store.path, entry.id)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            book = kv.open(self.store.path, entry.id)
+        for warning in warned:
+            self._say(str(warning.message))
         self.id, self.opened, self.seconds = entry.id, True, time.perf_counter() - started
         self._say(f"opened {entry.tokens} tokens from {self.store.path} in {self.seconds:.1f} s")
         return book
@@ -378,8 +366,12 @@ class Session:
         """The sequence of exactly these tokens that was read as ``kv`` would read them; says why others are not."""
         if self.store.is_new():
             return None
-        found = find(kv, self.store, np.asarray(ids, dtype=np.int64), kv.geometry.select, self._refused)
-        return found.entry if found is not None and found.entry.tokens == len(ids) == found.length else None
+        found, damaged = find(kv, self.store, np.asarray(ids, dtype=np.int64), kv.geometry.select, self._refused)
+        if found is not None and found.entry.tokens == len(ids) == found.length:
+            return found.entry
+        for reason in damaged.values():
+            self._say(f"{reason}. Whether it holds this context cannot be told: it is read")
+        return None
 
     def _refused(self, entry: Entry, reason: str) -> None:
         self._say(f"{self.store.path} has this context, but not as it would be read now: {entry.id}: {reason}")

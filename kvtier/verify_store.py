@@ -3,7 +3,6 @@
 While a writer is at work, whatever looks wrong is looked at again under the next commit.
 """
 
-import json
 import math
 import os
 import time
@@ -45,13 +44,13 @@ def verify_store(path: str | os.PathLike[str], say: Say = lambda line: None) -> 
     say : takes lines about how far it is
     """
     library = Library(path)
-    found = [_verify(library, entry, say) for entry in library.entries()]
+    found = [verify_sequence(library, entry, say) for entry in library.entries()]
     checked = {sequence.entry.id: sequence for sequence in found if sequence is not None}
     for sequence in checked.values():
         for id, end in sequence.parts:
             if id in checked and checked[id].damaged_from < end:
                 sequence.add(f"{METADATA}: it goes on from {id}, which is damaged before chunk {end}")
-    sequences = [sequence.report() for sequence in checked.values()] + _lost(library)
+    sequences = [sequence.report() for sequence in checked.values()]
     ok = all(sequence["ok"] for sequence in sequences)
     return {"store": str(library.path), "sequences": sequences, "ok": ok}
 
@@ -79,25 +78,10 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _lost(library: Library) -> list[dict[str, Any]]:
-    """Sequences of which something was committed, as their shapes say, but whose commit record is gone."""
-    lost = []
-    for folder in sorted((library.path / "sequences").glob("*/")):
-        try:
-            n_tokens = json.loads((folder / "tokens" / METADATA).read_bytes())["shape"][0]
-        except (OSError, ValueError, KeyError, TypeError, IndexError):
-            continue
-        if n_tokens and library.read(folder.name) is None and folder.is_dir():
-            sequence = _Sequence(library, Entry(folder), lambda line: None)
-            sequence.add(f"commit: c.0 and c.1 are missing or empty, although {n_tokens} tokens were committed")
-            lost.append(sequence.report())
-    return lost
-
-
-def _verify(library: Library, entry: Entry, say: Say) -> "_Sequence | None":
+def verify_sequence(library: Library, entry: Entry, say: Say) -> "VerifiedSequence | None":
     """Check one sequence; None: it was removed meanwhile."""
     while True:
-        sequence = _Sequence(library, entry, say)
+        sequence = VerifiedSequence(library, entry, say)
         try:
             sequence.check()
         except _ReplacedError:
@@ -114,7 +98,7 @@ class _ReplacedError(Exception):
 
 
 @dataclass
-class _Sequence:
+class VerifiedSequence:
     """What the checks of one sequence have found."""
 
     library: Library
@@ -168,6 +152,9 @@ class _Sequence:
             except StoreError:
                 return  # said already
             if self.commit is None:
+                if self.entry.commit is None and self.entry.problem is not None:  # it has lost it
+                    self.add(self.entry.problem)
+                    return
                 raise _ReplacedError
             self.say(f"{self.entry.id}: {self.commit.tokens:,} tokens")
             self._look(self.checks.whole_files)

@@ -17,6 +17,7 @@ unquantised.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -194,6 +195,14 @@ def save_chunks(engine: TieredEngine, sequence: TieredSequence, files: SequenceF
             ids = np.ascontiguousarray(sequence.layers[layer].ids[:, begin : min(begin + step, end)].T)  # [m, N]
             payload = as_bytes(engine.residency.read(ids.ravel()))
             files.write_records(place, begin, payload.reshape(*ids.shape, -1))
+
+
+def reads_from(engine: TieredEngine, sequence: TieredSequence, folder: Path) -> bool:
+    """Whether any chunk of ``sequence`` lies in the saved sequence ``folder``."""
+    saved, n = engine.residency.saved, retired_everywhere(engine, sequence)
+    layers = [sequence.layers[layer].ids[:, :n].ravel() for layer in engine.shape.full_layers]
+    numbers = np.unique(saved.file_of(np.concatenate(layers))) if layers else np.empty(0, np.int64)
+    return any(saved.files(number).folder == folder for number in numbers.tolist() if number >= 0)
 
 
 def inherited(engine: TieredEngine, sequence: TieredSequence, library: Library) -> list[tuple[str, int]]:

@@ -2,8 +2,12 @@
 
 ``<path>`` is a zarr v3 group, ``<path>/sequences/<id>`` the group of one sequence (``runtime.sequence_files``). It can
 be the folder of the disk tier too. The attribute ``kvtier`` of a sequence's group says what the sequence is and never
-changes; its commit record says how far it has come. A sequence without a commit is not there: its writer was killed, or
-is still at it. A sequence can go on from others of the same store: its ``parts`` say which hold its first chunks.
+changes; its commit record says how far it has come. A sequence can go on from others of the same store: its ``parts``
+say which hold its first chunks.
+
+Until its first commit a sequence has a folder ``uncommitted`` and is not there: its writer was killed, or is at it. The
+next writer removes it. A sequence without a commit and without that folder has lost its commits: it is damaged, and
+kept. A sequence that is written anew is kept aside until the new one is complete (``runtime.asides``).
 """
 
 import fcntl
@@ -11,16 +15,17 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kvtier.runtime.commit_record import Commit, checksum, read_commit
+from kvtier.runtime import asides
+from kvtier.runtime.commit_record import UNCOMMITTED, Commit, checksum, read_commit
 from kvtier.runtime.errors import StoreError
 from kvtier.runtime.store import VERSION as STORE_VERSION
-from kvtier.runtime.zarr_arrays import METADATA, group_metadata, sync_folder, write_metadata
+from kvtier.runtime.zarr_arrays import METADATA, PARTIAL, create_metadata, group_metadata, sync_folder, write_metadata
 
 VERSION = 2
 """Of the layout of a saved sequence."""
@@ -40,7 +45,12 @@ class Entry:
 
     @property
     def id(self) -> str:
-        return self.path.name
+        return asides.id_of(self.path)
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether this is what was there before a writer began to write it anew, which has committed nothing yet."""
+        return self.path.name != self.id
 
     @property
     def tokens(self) -> int:
@@ -78,7 +88,7 @@ class Library:
     def is_new(self) -> bool:
         """Whether there is nothing yet: no folder, or an empty one."""
         try:
-            return not any(self.path.iterdir())
+            return all(_is_partial(path) for path in self.path.iterdir())
         except FileNotFoundError:
             return True
         except OSError as error:
@@ -109,27 +119,12 @@ class Library:
     def entries(self) -> list[Entry]:
         """All committed sequences, the oldest first, those that cannot be read last; raises StoreError for no store."""
         self.check()
-        entries = [entry for folder in self._folders() if (entry := self.read(folder.name)) is not None]
+        entries = [entry for id in {*map(asides.id_of, self._folders())} if (entry := self.read(id)) is not None]
         return sorted(entries, key=lambda entry: (entry.attributes.get("created", "~"), entry.id))
 
     def read(self, id: str) -> Entry | None:
         """One sequence, whatever state it is in; None if nothing of it was committed."""
-        folder = self._sequences / id
-        try:
-            commit = read_commit(folder / "commit")
-            if commit is None:
-                return None
-            attributes = json.loads((folder / METADATA).read_bytes())["attributes"]["kvtier"]
-            expected, version = attributes.pop("crc32c"), attributes["version"]
-        except (OSError, StoreError) as error:
-            return Entry(folder, problem=str(error))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            return Entry(folder, problem=f"its {METADATA} cannot be read ({error!r})")
-        if version != VERSION:
-            return Entry(folder, problem=f"it has layout version {version}, this kvtier reads {VERSION}")
-        if checksum(_canonical(attributes)) != expected:
-            return Entry(folder, problem=f"the checksum of its {METADATA} is wrong")
-        return Entry(folder, attributes, commit)
+        return next((entry for folder in self._places(id) if (entry := _read(folder)) is not None), None)
 
     def entry(self, id: str | None = None) -> Entry:
         """The sequence with this id; the only one for None. Raises StoreError, saying what is there."""
@@ -150,16 +145,25 @@ class Library:
         """Where a sequence with this id is or would be."""
         return self._sequences / id
 
+    def replaced(self, id: str) -> list[Path]:
+        """Where what a sequence was before it was written anew is kept, the newest first."""
+        return asides.replaced(self._sequences / id)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all sequences take from the device, with what is kept of those that are written anew."""
+        entries = self.entries()
+        kept = {path for entry in entries for path in (entry.path, *self.replaced(entry.id))}
+        return sum(Entry(path).nbytes for path in kept)
+
     def part(self, entry: Entry, id: str, begin: int, end: int) -> Entry:
         """The sequence of this store that holds the chunks begin..end of ``entry``; raises StoreError."""
-        held = self.read(id) if (self._sequences / id).is_dir() else None
-        if held is None or held.problem or held.commit is None or held.commit.chunks < end:
-            problem = held.problem if held and held.problem else "it is not there, or shorter than it was"
-        elif held.attributes["layout"]["first_chunk"] > begin:
-            problem = f"it was saved anew and does not hold chunk {begin} any more"
-        else:
-            problem = None
-        if held is None or problem is not None:
+        held = self.read(id)
+        problem = _lacks(held, begin, end)
+        if problem is not None:  # while it is written anew, what it was before may do
+            before = [_read(folder) for folder in self.replaced(id)]
+            held = next((other for other in before if _lacks(other, begin, end) is None), None)
+        if held is None:
             raise StoreError(
                 f"the saved sequence {entry.path} goes on from {self._sequences / id}: {problem}. Nothing was used; "
                 "put back a copy of that folder"
@@ -184,21 +188,12 @@ class Library:
             self.unlock()
 
     def lock(self) -> None:
-        """Become the one writer until ``unlock``; what killed writers left goes. Raises StoreError."""
+        """Become the one writer until ``unlock``; what killed writers never committed goes. Raises StoreError."""
         try:
-            self._create()
-            fd = os.open(self.path / METADATA, os.O_RDWR)
-        except StoreError:
-            raise
-        except OSError as error:
-            raise self._unusable(error) from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for folder in self._folders():
-                if read_commit_quietly(folder) is None:
-                    shutil.rmtree(folder, ignore_errors=True)
+            self._lock_fd = self._locked()
+            self._recover()
         except BaseException as error:
-            os.close(fd)
+            self._release()
             if isinstance(error, BlockingIOError):
                 raise StoreError(
                     f"{self._holder()} is writing to {self.path}: try again when it is done, or use another folder. "
@@ -207,33 +202,79 @@ class Library:
             if isinstance(error, OSError) and not isinstance(error, StoreError):  # a file system without locks
                 raise self._unusable(error) from error
             raise
-        self._lock_fd = fd
 
     def unlock(self) -> None:
-        """Let others write."""
-        if self._lock_fd is not None:
-            os.close(self._lock_fd)
-            self._lock_fd = None
+        """Let others write; what has been written anew completely is not kept twice any more."""
+        if self._lock_fd is None:
+            return
+        try:
+            self.settle()
+        finally:
+            self._release()
 
     def create(self, id: str, attributes: Attributes) -> Path:
         """The folder of a new sequence, which is there for others after its first commit; only while writing.
 
-        Replaces a sequence of this id. Raises OSError.
+        A sequence of this id stays aside until the new one is complete. Raises OSError, with nothing changed.
         """
         assert self._lock_fd is not None, "only the writer creates sequences"
-        folder = self._sequences / id
+        folder, new = self._sequences / id, self._sequences / f"{id}{asides.NEW}"
         record = attributes | {"version": VERSION, "created": datetime.now(UTC).isoformat(timespec="microseconds")}
         record = json.loads(json.dumps(record))
-        if folder.exists():
-            shutil.rmtree(folder)
-        write_metadata(folder, group_metadata({"kvtier": record | {"crc32c": checksum(_canonical(record))}}))
-        sync_folder(self._sequences)
+        try:
+            shutil.rmtree(new, ignore_errors=True)
+            write_metadata(new / UNCOMMITTED, group_metadata({}))
+            write_metadata(new, group_metadata({"kvtier": record | {"crc32c": checksum(_canonical(record))}}))
+            asides.put_aside(folder)
+            new.rename(folder)
+            sync_folder(self._sequences)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            with suppress(OSError):  # then the next writer does it
+                asides.settle_one(folder)
+            raise
         return folder
 
     def remove(self, id: str) -> None:
-        """Remove a sequence that was not committed; only while writing."""
+        """Take back the last ``create`` of this id: what was there before is there again; only while writing."""
         assert self._lock_fd is not None, "only the writer removes sequences"
-        shutil.rmtree(self._sequences / id, ignore_errors=True)
+        with suppress(OSError):  # then the next writer does it
+            asides.discard(self._sequences / id)
+            asides.put_back(self._sequences / id)
+
+    def settle(self) -> None:
+        """What has been written anew is no longer kept as it was before, or again if nothing was committed."""
+        with suppress(OSError):  # then the next writer does it
+            asides.settle(self._sequences)
+
+    def _locked(self) -> int:
+        """A descriptor of the store's metadata, which this process has locked; made where there is none."""
+        while True:
+            self._create()
+            fd = os.open(self.path / METADATA, os.O_RDWR)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(fd), (self.path / METADATA).stat()):
+                    return fd
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)  # another program has replaced the file: who locks it now does not see this lock
+
+    def _release(self) -> None:
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def _recover(self) -> None:
+        """Put right what killed writers have left."""
+        for path in self.path.iterdir():
+            if _is_partial(path):
+                path.unlink(missing_ok=True)
+        if not (self._sequences / METADATA).exists():
+            write_metadata(self._sequences, group_metadata({}))
+            sync_folder(self.path)
+        asides.recover(self._sequences)
 
     def free_bytes(self) -> int:
         """Bytes free on the device."""
@@ -244,13 +285,11 @@ class Library:
             if not self.path.parent.is_dir():
                 # not created: it is often a mount point whose device is missing
                 raise StoreError(f"{self.path}: there is no folder {self.path.parent}; create it, or mount it")
-            write_metadata(self.path, group_metadata({"kvtier": {"version": STORE_VERSION}}))
+            create_metadata(self.path, group_metadata({"kvtier": {"version": STORE_VERSION}}))
         self.check()
-        if not (self._sequences / METADATA).exists():
-            write_metadata(self._sequences, group_metadata({}))
-            sync_folder(self.path)
 
     def _folders(self) -> list[Path]:
+        """Of the sequences, and beside them."""
         try:
             return [folder for folder in self._sequences.iterdir() if folder.is_dir()]
         except FileNotFoundError:
@@ -258,14 +297,23 @@ class Library:
         except OSError as error:
             raise self._unusable(error) from error
 
+    def _places(self, id: str) -> Iterator[Path]:
+        """Where a sequence can be: in its place, or aside while that has no commit."""
+        folder = self._sequences / id
+        if asides.id_of(folder) == folder.name:
+            yield folder
+            yield from self.replaced(id)
+
     def _holder(self) -> str:
         """Who has the lock, for people."""
         try:
             inode = str((self.path / METADATA).stat().st_ino)
             for line in Path("/proc/locks").read_text().splitlines():
                 fields = line.split()
-                if "FLOCK" in fields and fields[fields.index("WRITE") + 2].split(":")[-1] == inode:
-                    return f"process {fields[fields.index('WRITE') + 1]}"
+                if {"FLOCK", "WRITE"} <= set(fields):  # others share locks
+                    process, place = fields[fields.index("WRITE") + 1 :][:2]
+                    if place.split(":")[-1] == inode:
+                        return f"process {process}"
         except (OSError, ValueError, IndexError):
             pass  # not on Linux, or not allowed
         return "another process"
@@ -274,12 +322,50 @@ class Library:
         return StoreError(f"{self.path} cannot be used as a store: {error}; expected a folder, choose another one")
 
 
-def read_commit_quietly(folder: Path) -> Commit | str | None:
-    """The commit of a sequence, why it cannot be read, or None if there was none."""
+def _read(folder: Path) -> Entry | None:
+    """The sequence in a folder, whatever state it is in; None if nothing of it was committed."""
+    is_uncommitted = (folder / UNCOMMITTED).exists()  # asked first: it goes once there is a commit
     try:
-        return read_commit(folder / "commit")
-    except StoreError as error:
-        return str(error)
+        commit = read_commit(folder / "commit")
+        if commit is None:
+            is_sequence = any((folder / name).exists() for name in (METADATA, "commit", "tokens"))
+            return Entry(folder, problem=_lost(folder)) if is_sequence and not is_uncommitted else None
+        attributes = json.loads((folder / METADATA).read_bytes())["attributes"]["kvtier"]
+        expected, version = attributes.pop("crc32c"), attributes["version"]
+    except (OSError, StoreError) as error:
+        return Entry(folder, problem=str(error))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return Entry(folder, problem=f"its {METADATA} cannot be read ({error!r})")
+    if version != VERSION:
+        return Entry(folder, problem=f"it has layout version {version}, this kvtier reads {VERSION}")
+    if checksum(_canonical(attributes)) != expected:
+        return Entry(folder, problem=f"the checksum of its {METADATA} is wrong")
+    return Entry(folder, attributes, commit)
+
+
+def _lost(folder: Path) -> str:
+    """The problem of a sequence without a commit that is not one to come."""
+    problem = "commit: c.0 and c.1 are missing or empty"
+    with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+        if n_tokens := json.loads((folder / "tokens" / METADATA).read_bytes())["shape"][0]:
+            return f"{problem}, although {n_tokens} tokens were committed"
+    return f"{problem} (an earlier kvtier that was killed while it wrote has left that, too)"
+
+
+def _lacks(held: Entry | None, begin: int, end: int) -> str | None:
+    """Why a sequence cannot give another one its chunks begin..end; None: it can."""
+    if held is not None and held.problem is not None:
+        return held.problem
+    if held is None or held.commit is None or held.commit.chunks < end:
+        return "it is not there, or shorter than it was"
+    if held.attributes["layout"]["first_chunk"] > begin:
+        return f"it was saved anew and does not hold chunk {begin} any more"
+    return None
+
+
+def _is_partial(path: Path) -> bool:
+    """Whether this is what a process leaves that is killed when it makes a store."""
+    return path.name.startswith(METADATA) and path.name.endswith(PARTIAL)
 
 
 def _canonical(value: Attributes) -> bytes:

@@ -25,6 +25,7 @@ from kvtier.runtime.errors import StoreError
 from kvtier.runtime.shards import BLOCK_BYTES, ShardFiles, ShardLayout
 from kvtier.runtime.slot_tier import TRANSIENT_BYTES, SlotTier, as_bytes
 from kvtier.runtime.tier import Ids
+from kvtier.runtime.zarr_arrays import METADATA, create_metadata, group_metadata
 
 VERSION = 1
 """Of the on-disk layout."""
@@ -79,7 +80,7 @@ class StoreTier(SlotTier):
         self._take(EMPTY_STORE_BYTES, f"an empty store at {path}")
         try:
             with _usable(Path(path)) as root:
-                _open_root(zarr, root)
+                _open_root(root)
                 _remove_stale_scratch(root)
                 self.scratch, self._lock_fd = self._make_scratch(zarr, root)
         except BaseException:
@@ -213,12 +214,11 @@ def _usable(path: Path) -> Iterator[Path]:
         raise StoreError(f"[store] path = {path} cannot be used: {error}. {advice}") from error
 
 
-def _open_root(zarr: ModuleType, root: Path) -> None:
+def _open_root(root: Path) -> None:
     """Make ``root`` a zarr group of ours, or check that it is one."""
-    metadata_path = root / "zarr.json"
+    metadata_path = root / METADATA
     if not metadata_path.exists():
-        zarr.create_group(root, zarr_format=3, attributes={"kvtier": {"version": VERSION}})
-        return
+        create_metadata(root, group_metadata({"kvtier": {"version": VERSION}}))
     try:
         version = json.loads(metadata_path.read_text())["attributes"]["kvtier"]["version"]
     except (ValueError, KeyError, TypeError) as error:

@@ -6,7 +6,9 @@ v3 opens it. A *piece* is what zarr calls a chunk of the grid: the values of one
 
 import json
 import os
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import numpy.typing as npt
 import torch
 
 METADATA = "zarr.json"
+PARTIAL = ".partial"
+"""How the name of a file ends that is about to be renamed."""
 Json = dict[str, Any]
 
 
@@ -72,7 +76,7 @@ def piece_path(folder: Path, *index: int) -> Path:
 def write_metadata(folder: Path, metadata: Json, *, sync: bool = True) -> None:
     """Make ``folder`` a zarr node; readers see the old or the new metadata, whole. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{METADATA}.partial"
+    temporary = folder / f"{METADATA}{PARTIAL}"
     try:
         with temporary.open("w") as file:
             json.dump(metadata, file, indent=2)
@@ -85,6 +89,26 @@ def write_metadata(folder: Path, metadata: Json, *, sync: bool = True) -> None:
         raise
     if sync:
         sync_folder(folder)
+
+
+def create_metadata(folder: Path, metadata: Json) -> None:
+    """Make ``folder`` a zarr node unless it is one; of several processes one makes it, all of it at once.
+
+    Unlike ``write_metadata`` it never replaces the file, which somebody may have locked. Raises OSError.
+    """
+    folder.mkdir(exist_ok=True)
+    temporary = folder / f"{METADATA}.{os.getpid()}-{threading.get_ident()}{PARTIAL}"
+    try:
+        with temporary.open("w") as file:
+            json.dump(metadata, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        # whoever was quicker may have removed the temporary file as one that was left behind
+        with suppress(FileExistsError, FileNotFoundError):
+            os.link(temporary, folder / METADATA)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:

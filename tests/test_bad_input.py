@@ -3,6 +3,7 @@
 import argparse
 import ast
 import builtins
+import contextlib
 import errno
 import functools
 import gc
@@ -154,7 +155,8 @@ def names_a_key(message, config):
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("stores")
     (path / "file").write_text("not a folder")
-    return path
+    with contextlib.chdir(tmp_path_factory.mktemp("here")):  # a store in a folder of any name is made there
+        yield path
 
 
 @hypothesis_settings(max_examples=150, **FEW)

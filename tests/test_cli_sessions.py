@@ -233,13 +233,13 @@ def test_inspect_prints_one_object(filled, capsys):
     big = sequences[0]
     assert set(big) == {
         *("id", "tokens", "complete", "parts", "bytes", "model", "model_class", "created", "dtype", "select"),
-        *("settings", "problem"),
+        *("settings", "problem", "text_tokens", "replaced"),
     }
     files = [path for path in (filled / "sequences" / big["id"]).rglob("*") if path.is_file()]
     assert big["bytes"] == sum(path.stat().st_blocks * 512 for path in files)  # files have holes
     assert big["bytes"] > 1500 * 2 * 2 * 2 * 16 * 2  # K and V of all tokens
     assert (big["model"], big["model_class"], big["dtype"]) == ("llama", "LlamaForCausalLM", "bfloat16")
-    assert (big["problem"], big["complete"], big["parts"]) == (None, True, [])
+    assert (big["problem"], big["complete"], big["parts"], big["replaced"]) == (None, True, [], [])
     assert big["settings"]["[attention] chunk"] == 8
     age = datetime.now(UTC) - datetime.fromisoformat(big["created"])
     assert timedelta(0) <= age < timedelta(minutes=30)
@@ -265,7 +265,9 @@ def test_inspect_shows_what_is_damaged_and_what_is_empty(filled, tmp_path, capsy
     assert sequences[1]["id"] == record.parent.name
     assert sequences[1]["tokens"] is sequences[1]["bytes"] is None
     assert main(["inspect", str(copy)]) == 0
-    assert "damaged: the checksum of its zarr.json is wrong" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "damaged: the checksum of its zarr.json is wrong" in out
+    assert out.splitlines()[-1].startswith("what is damaged is kept: put back a copy of its folder, or read and save")
     shutil.rmtree(copy / "sequences")
     assert main(["inspect", str(copy)]) == 0
     assert capsys.readouterr().out == f"{copy} holds no saved sequence\n"

@@ -28,6 +28,7 @@ from session_cases import (
     open_files,
     quicken,
     read,
+    says_it_is_short,
 )
 
 import kvtier
@@ -63,7 +64,8 @@ def test_an_error_of_the_recorder_ends_the_reading_and_no_more(k, store, model, 
         assert len(calls) == k  # it does not go on after an error
         entry = Library(store).entry()
         assert not entry.commit.complete
-        book = kv.open(store)
+        with says_it_is_short(entry.tokens):
+            book = kv.open(store)
         assert book.get_seq_length() == entry.tokens < 220
         logits_of(model, QUESTION, book)
         book, *tokens = read(kv)
@@ -109,7 +111,8 @@ def test_a_commit_that_fails_leaves_the_one_before(step, k, store, model, right,
         there = [entry.tokens for entry in Library(store).entries()]
         assert there == ([[32, 64, 96, 128, 160, 192, 211, 219, 220][committed - 1]] if committed else [])
         if committed:
-            assert kv.open(store).get_seq_length() == there[0]
+            with says_it_is_short(there[0]):
+                assert kv.open(store).get_seq_length() == there[0]
         book, *tokens = read(kv)
         assert tokens == [sum(there), 220 - sum(there)]
         assert_continues(continued(kv, book), right)

@@ -184,12 +184,21 @@ def test_what_cannot_be_recognised_is_read_anew_and_replaced(name, store, model,
         kv.prefill(BOOK)
     file = Library(store).entry().path / name
     file.write_bytes(b"1" + file.read_bytes()[1:])
-    for tokens in ([0, 220], [220, 0]):
-        with kvtier.offload(model, kept(store)) as kv:
-            book, *found = read(kv)
-            assert found == tokens
-            assert_continues(continued(kv, book), right)
+    where = f"{file.parent} is not what was saved" if name != "zarr.json" else f"{file.parent} is damaged: .* zarr.json"
+    said = (
+        rf"{where}.* It is of this text; it is kept until the text has been read and saved again\. 220 tokens are read"
+    )
+    with kvtier.offload(model, kept(store)) as kv:
+        with pytest.warns(UserWarning, match=said) as warned:
+            book, *tokens = read(kv)
+        assert (len(warned), tokens) == (1, [0, 220])
+        assert_continues(continued(kv, book), right)
+    with kvtier.offload(model, kept(store)) as kv:
+        book, *tokens = read(kv)
+        assert tokens == [220, 0]
+        assert_continues(continued(kv, book), right)
     assert len(Library(store).entries()) == 1
+    assert [path.name for path in (store / "sequences").glob("*.*/")] == []  # nor is it kept twice
 
 
 @pytest.mark.parametrize("name", ["block_starts/c.0", "codes/codes/c.0.0.0.0.0", "fitted/0/c.0.0.0"])
@@ -205,3 +214,74 @@ def test_what_is_damaged_is_refused_by_name(name, store, model):
             kv.prefill(BOOK)
         shutil.rmtree(entry.path)
         assert read(kv)[1:] == (0, 220)
+
+
+DAMAGES = {
+    "tokens": lambda folder: (folder / "tokens" / "c.0").write_bytes(b""),
+    "attributes": lambda folder: (folder / "zarr.json").write_text("{"),
+    "commits": lambda folder: [slot.unlink() for slot in (folder / "commit").glob("c.*")],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_read_anew_is_kept_until_that_is_complete(damage, store, model, right, stop, monkeypatch):
+    with kvtier.offload(model, kept(store)) as kv:
+        kv.prefill(BOOK)
+    folder = Library(store).entry().path
+    DAMAGES[damage](folder)
+    before = contents_of(folder)
+
+    def old():
+        return {
+            folder / file.relative_to(path): data for path in [kept_at()] for file, data in contents_of(path).items()
+        }
+
+    def kept_at():
+        [path] = Library(store).replaced(folder.name)
+        return path
+
+    said = f"the saved sequence {folder} is damaged: .* It is of this text; it is kept until"
+    with monkeypatch.context() as patch:  # a reading that ends before its first commit: as if it had not begun
+        patch.setattr("kvtier.durable.FIRST_COMMIT_SECONDS", 1e9)
+        stop(3)
+        with kvtier.offload(model, kept(store)) as kv:
+            with pytest.warns(UserWarning, match=said), pytest.raises(Stop):
+                kv.prefill(BOOK)
+            assert contents_of(folder) == before
+        assert contents_of(folder) == before
+    stop(5)
+    with kvtier.offload(model, kept(store)) as kv, pytest.warns(UserWarning, match=said), pytest.raises(Stop):
+        kv.prefill(BOOK)
+    assert (Library(store).entry().tokens, old()) == (160, before)
+    stop(2)
+    with kvtier.offload(model, kept(store)) as kv, pytest.raises(Stop):
+        kv.prefill(BOOK)  # nothing to say: this is the new one
+    assert (Library(store).entry().tokens, old()) == (211, before)
+    stop(None)
+    with kvtier.offload(model, kept(store)) as kv:
+        book, *tokens = read(kv)
+        assert tokens == [211, 9]
+        assert Library(store).replaced(folder.name) == []
+        assert_continues(continued(kv, book), right)
+
+
+def test_damage_that_may_be_this_text_is_named_when_it_goes_on_from_another_one(store, model):
+    """The damaged one has another id than what is made now; and what is found whole is not commented on."""
+    longer = torch.cat([BOOK, MORE], dim=1)
+    with kvtier.offload(model, kept(store)) as kv:
+        kv.prefill(longer)
+        damaged = Library(store).entry().path
+        (damaged / "tokens" / "c.0").write_bytes(b"")
+        with pytest.warns(
+            UserWarning, match=rf"{damaged}.* Whether it holds this text cannot be told\. 220 tokens are read"
+        ):
+            kv.prefill(BOOK)
+        with pytest.warns(
+            UserWarning, match=rf"{damaged}.* Whether it holds this text cannot be told\. 61 tokens are read"
+        ):
+            kv.prefill(longer)
+        before = contents_of(damaged)
+        assert read(kv)[1:] == (220, 0)
+        assert read(kv, longer)[1:] == (281, 0)
+        assert contents_of(damaged) == before
+    assert len(Library(store).entries()) == 3

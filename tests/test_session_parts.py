@@ -249,7 +249,7 @@ def later_version(folder):
     ("damage", "reason"),
     [
         (lost, "it is not there, or shorter than it was"),
-        (without_commit, "it is not there, or shorter than it was"),
+        (without_commit, r"commit: c\.0 and c\.1 are missing or empty, although \d+ tokens were committed"),
         (unreadable, "its commit record cannot be read: the checksum of .*c.0 is wrong"),
         (other_attributes, "the checksum of its zarr.json is wrong"),
         (later_version, "it has layout version 3, this kvtier reads 2"),

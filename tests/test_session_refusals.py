@@ -19,7 +19,7 @@ from session_cases import (
 from test_families import FAMILIES, tiny
 
 import kvtier
-from kvtier import sessions
+from kvtier import fingerprint, sessions
 from kvtier.runtime import saved_sequence
 from kvtier.runtime.library import Entry, Library
 
@@ -216,8 +216,8 @@ def test_the_fingerprint_is_quick_and_the_same_for_a_model_from_a_folder(tmp_pat
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
-    assert sessions.weights_digest(loaded) == sessions.weights_digest(model)
-    facts = sessions.model_facts(model), sessions.model_facts(loaded)
+    assert fingerprint.weights_digest(loaded) == fingerprint.weights_digest(model)
+    facts = fingerprint.model_facts(model), fingerprint.model_facts(loaded)
     assert facts[0]["config"] == facts[1]["config"]
     assert facts[1]["name"] == str(tmp_path)
     json.dumps(facts)
@@ -225,9 +225,9 @@ def test_the_fingerprint_is_quick_and_the_same_for_a_model_from_a_folder(tmp_pat
 
 def test_the_fingerprint_does_not_depend_on_being_inside_a_block(saved):
     model = tiny_llama()
-    outside = sessions.model_facts(model)
+    outside = fingerprint.model_facts(model)
     with kvtier.offload(model, config()):
-        assert sessions.model_facts(model) == outside
+        assert fingerprint.model_facts(model) == outside
     entry = Library(saved).entry()
     assert isinstance(entry, Entry)
     assert entry.attributes["model"]["config"] == outside["config"]

@@ -21,6 +21,7 @@ from session_cases import (
     kept,
     logits_of,
     quicken,
+    says_it_is_short,
     stopper,
 )
 
@@ -74,6 +75,30 @@ def test_an_interrupted_save_leaves_what_was_there_and_nothing_else(step, error,
         assert {path.name for path in (store / "sequences").iterdir()} == {id, "zarr.json"}
         assert_same(contents(kv, kv.open(store)), contents(kv, book))
         assert other.save(store) != id  # and nothing is locked
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("damage", ["tokens", "commit"])
+def test_an_interrupted_save_leaves_what_it_was_to_replace(step, damage, store, monkeypatch):
+    """A damaged sequence, most of which is intact; saving again replaces it once the new one is complete."""
+    with kvtier.offload(tiny_llama(), config()) as kv:
+        book = kv.prefill(BOOK)
+        id = book.save(store)
+        for file in (store / "sequences" / id / damage).glob("c.*"):
+            file.write_bytes(b"")
+        before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+        def fails(*arguments, **more):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(*STEPS[step], fails)
+            with pytest.raises(kvtier.StoreError, match="is intact; free space there, or"):
+                book.save(store)
+        assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
+        assert book.save(store) == id
+        assert {path.name for path in (store / "sequences").iterdir()} == {id, "zarr.json"}
+        assert_same(contents(kv, kv.open(store)), contents(kv, book))
 
 
 def test_everything_is_on_the_disk_before_it_is_visible(store, monkeypatch):
@@ -221,7 +246,8 @@ def test_an_opened_reading_that_was_interrupted_is_completed_in_place(store, mon
         kv.prefill(BOOK)
     entry = Library(store).entry()
     with kvtier.offload(model, config()) as kv:
-        book = kv.open(store)
+        with says_it_is_short(160):
+            book = kv.open(store)
         beginning = book.fork()
         logits_of(model, BOOK[:, 160:], book)
         assert book.save(store) == entry.id
@@ -247,6 +273,21 @@ def test_what_a_cache_reads_from_is_not_replaced(store, tmp_path):
             book.save(store)
         book.save(tmp_path / "other")
         assert_continues(continued(kv, kv.open(tmp_path / "other")), expected)
+
+
+def test_what_a_cache_reads_from_is_not_replaced_without_its_commits(store, tmp_path):
+    with kvtier.offload(tiny_llama(), config()) as kv:
+        expected = continued(kv, kv.prefill(BOOK))
+        id = kv.prefill(BOOK).save(store)
+        book = kv.open(store)
+        for slot in (store / "sequences" / id / "commit").glob("c.*"):
+            slot.unlink()
+        with pytest.raises(kvtier.StoreError, match=f"this cache reads its chunks from {store}/sequences/{id}, where"):
+            book.save(store)
+        book.save(tmp_path / "other")
+        assert_continues(continued(kv, kv.open(tmp_path / "other")), expected)
+        kv.prefill(BOOK).save(store)  # one that was read does
+        assert_continues(continued(kv, kv.open(store)), expected)
 
 
 @pytest.mark.parametrize("step", ["fit", "admit"])

@@ -679,4 +679,5 @@ def test_inspect_tells_what_is_not_complete_and_what_needs_others(originals):
     assert lines[short].endswith("  llama")
     assert lines[long].endswith(f"  llama, needs {short}")
     [_, line] = inspect_store.table(inspect_store.describe_store(originals("interrupted"))).splitlines()
-    assert line.endswith("  llama, not complete")
+    commit = Library(originals("interrupted")).entry().commit
+    assert line.endswith(f"  llama, not complete: {commit.tokens} of {LONG} tokens")
