@@ -5,7 +5,7 @@ import json
 import random
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvtier.cli_parser import make_parser
 from kvtier.completion import script
@@ -13,6 +13,8 @@ from kvtier.runtime.errors import KvtierError
 
 if TYPE_CHECKING:
     from kvtier.config import Config
+    from kvtier.offload import Offload
+    from kvtier.run import Reader
     from kvtier.sessions import Session
 
 
@@ -75,7 +77,7 @@ def _run(arguments: argparse.Namespace) -> int:
             if not arguments.json:
                 streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
                 print(f"{question}\n", flush=True)
-            answers.append({"question": question, "answer": reader.ask(question, streamer)})
+            answers.append({"question": question} | _answer(arguments, kv, reader, question, streamer))
         stats = kv.stats()
     if arguments.json:
         report = {"tokens": len(reader.ids), "answers": answers, "stats": stats}
@@ -83,6 +85,20 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         print(f"\n{stats}", file=sys.stderr)
     return 0
+
+
+def _answer(
+    arguments: argparse.Namespace, kv: "Offload", reader: "Reader", question: str, streamer: Any
+) -> dict[str, Any]:
+    """The answer to one question and, with ``--explain``, where it was drawn from, printed unless with ``--json``."""
+    if not arguments.explain:
+        return {"answer": reader.ask(question, streamer)}
+    with kv.tracing():
+        answer = reader.ask(question, streamer)
+    explanation = kv.explain(tokenizer=reader.tokenizer)
+    if not arguments.json:
+        print(f"\n{explanation}\n", flush=True)
+    return {"answer": answer, "explanation": explanation.to_dict()}
 
 
 def _wrong_use(arguments: argparse.Namespace) -> str | None:

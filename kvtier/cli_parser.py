@@ -144,6 +144,7 @@ def _add_run(commands: Any) -> Parser:
         "holds is opened",
     )
     run.add_argument("--id", metavar="ID", help="which one, where STORE holds several: see kvtier inspect STORE")
+    run.add_argument("--explain", action="store_true", help="say after each answer which passages it was drawn from")
     run.add_argument("--config", metavar="FILE", help="a kvtier TOML file; default: budgets from free memory")
     run.add_argument("--max-new-tokens", type=tokens_of, default=256, metavar="N", help="length of an answer (256)")
     run.add_argument("--device", default=None, help='"cuda" or "cpu"; default: cuda if there is one')

@@ -22,6 +22,7 @@ from kvtier.config import Config
 from kvtier.families import check_mode, examine
 from kvtier.forward import Feeding, check_ids, check_mask, run_blocks, wrap_forward
 from kvtier.generate import wrap_generate
+from kvtier.lookback import Lookback
 from kvtier.rope import identity_rotary
 from kvtier.runtime.errors import KvtierError, UnsupportedError
 from kvtier.runtime.geometry import Geometry
@@ -75,7 +76,7 @@ def recording_off() -> Iterator[None]:
         yield
 
 
-class Offload:
+class Offload(Lookback):
     """One offload block. Use it as a context manager; ``kvtier.offload`` makes it."""
 
     def __init__(self, model: Any, config: ConfigSource = None) -> None:
@@ -137,7 +138,7 @@ class Offload:
             library = Library(store.path)
             library.lock()
             stack.callback(library.unlock)
-            self._runtime.disk.take(sum(e.nbytes for e in library.entries()), f"what is saved in {store.path} already")
+            self._runtime.disk.take(library.nbytes, f"what is saved in {store.path} already")
             self._library = library
 
     def library_at(self, path: str | os.PathLike[str]) -> Library:
@@ -159,6 +160,7 @@ class Offload:
     ) -> None:
         self._open = False
         self._last_stats = self._collect()
+        self._forget()
         for cache in self._caches:
             self._release(cache._lane.sequences)
         self._stack.close()
@@ -271,6 +273,7 @@ class Offload:
         self._check_open()
         check_mode(self.model)
         self._reap()
+        self._ran(cache)
         started, was_empty = time.perf_counter(), cache._lane.columns == 0
         device = self._anatomy.shape.device
         with recording_off():

@@ -79,7 +79,7 @@ class Reader:
         self, kv: Offload, tokenizer: Any, context: str | None, max_new_tokens: int, session: Session | None
     ) -> None:
         self._kv = kv
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._prompt = make_prompt(tokenizer, context or "")
         self._max_new_tokens = max_new_tokens
         bos = getattr(tokenizer, "chat_template", None) is None  # a chat template writes its own
@@ -92,7 +92,7 @@ class Reader:
     def ask(self, question: str, streamer: Any = None) -> str:
         """The answer to one question, asked of a fork: questions do not see each other."""
         text = question + self._prompt.after
-        ids = torch.tensor([self._tokenizer(text, add_special_tokens=False)["input_ids"]], device=self._kv.model.device)
+        ids = torch.tensor([self.tokenizer(text, add_special_tokens=False)["input_ids"]], device=self._kv.model.device)
         out = self._kv.model.generate(
             ids,
             past_key_values=self._book.fork(),
@@ -101,7 +101,7 @@ class Reader:
             do_sample=False,
             streamer=streamer,
         )
-        answer: str = self._tokenizer.decode(
+        answer: str = self.tokenizer.decode(
             out[0, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return answer.strip()

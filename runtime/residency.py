@@ -122,14 +122,18 @@ class Residency:
             self.stall_seconds += time.perf_counter() - started
         return self.device.slots_of(ids)
 
+    def look(self, ids: Ids) -> torch.Tensor:
+        """The chunks [n, 2, C, D] of ``ids`` on the device, beside the pool, without moving anything."""
+        return self._unpack(self.read(ids).to(self.device.data.device))
+
     def read(self, ids: Ids) -> torch.Tensor:
-        """The items [n, ...] of ``ids`` on the host, without moving anything."""
+        """The items [n, ...] of ``ids`` on the host, without moving anything: what the host uses least stays so."""
         out = self.empty_items(len(ids))
         in_host = self.host.has(ids)
         if in_host.all():
-            self.host.get(ids, out)
+            self.host.peek(ids, out)
             return out
-        for here, read in ((in_host, self.host.get), (~in_host, self._read_disk)):
+        for here, read in ((in_host, self.host.peek), (~in_host, self._read_disk)):
             if here.any():
                 part = self.empty_items(int(here.sum()))
                 read(ids[here], part)

@@ -77,13 +77,18 @@ class SlotTier(Tier):
         self.counters.bytes_written += len(ids) * self._payload_bytes
 
     def get(self, ids: Ids, out: torch.Tensor) -> None:
+        self.peek(ids, out)
+        if len(ids):
+            self._map.touch(ids)
+
+    def peek(self, ids: Ids, out: torch.Tensor) -> None:
+        """Like ``get``, but the chunks do not count as used."""
         self._check(ids, out)
         if len(ids) == 0:
             return
         slots = self._map.slots_of(ids)
         assert (slots != ABSENT).all(), f"chunks {ids[slots == ABSENT][:5]} are not in the {self.name} tier"
         self._read(slots, out)
-        self._map.touch(ids)
         self.counters.bytes_read += len(ids) * self._payload_bytes
 
     def drop(self, ids: Ids) -> None:

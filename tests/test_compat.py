@@ -5,6 +5,7 @@ import functools
 import importlib
 import inspect
 import math
+import warnings
 from pathlib import Path
 
 import psutil
@@ -474,8 +475,10 @@ def foreign_names():
 @functools.cache
 def library_names():
     """Public attributes of modules that kvtier imports from elsewhere, and of all their classes."""
-    things = (str, bytes, int, float, tuple, list, dict, set, type, BaseException, torch.Tensor, torch.nn.Module)
-    names = {name for thing in (*things, tqdm.tqdm(disable=True), psutil.virtual_memory()) for name in dir(thing)}
+    things = (str, bytes, int, float, tuple, list, dict, set, slice, type, BaseException, torch.Tensor, torch.nn.Module)
+    caught = warnings.WarningMessage("", UserWarning, "", 0)
+    instances = (tqdm.tqdm(disable=True), psutil.virtual_memory(), caught)
+    names = {name for thing in (*things, *instances) for name in dir(thing)}
     for text in sources().values():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Import):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 from models import tiny_llama
@@ -66,6 +67,21 @@ def test_answers_are_streamed_and_the_tiers_follow_on_stderr(folder, context, co
     assert out.startswith("w3 ?\n")
     assert len(out.split()) > 2
     assert "hit rate" in err
+
+
+def test_answers_are_explained(folder, context, config, capsys):
+    argv = ["run", str(folder), "--context", context, "--question", "w3 ?", "--config", config, "--device", "cpu"]
+    assert main([*argv, "--max-new-tokens", "4", "--explain"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("w3 ?\n")
+    assert "5 blocks, tokens 901 to 908: the chunks attended to hold " in out
+    cited = re.search(r"\n   1 +(\d+)-\d+ .*\n +(\S+) ", out)
+    assert cited[2] == TEXT.split()[int(cited[1]) - 1], "the template's <u> is the first token"
+    assert main([*argv, "--max-new-tokens", "4", "--explain", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["answers"][0]["explanation"]
+    assert told["spans"][0]["begin"] == int(cited[1])
+    assert main([*argv, "--max-new-tokens", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["answers"][0].keys() == {"question", "answer"}
 
 
 def test_without_a_question_it_asks_for_them(folder, context, config, capsys, monkeypatch):

@@ -164,6 +164,22 @@ def check_stats(run, printed):
     )
 
 
+def check_explain(run, printed):
+    why, ids = run.names["why"], run.names["ids_of"](BOOK)[0]
+    assert why.blocks[0][0] == len(ids) == 380
+    assert printed.startswith(f"{why}\ntokens {why.spans[0].begin} to {why.spans[0].end}, most in layer ")
+    for span in why.spans:
+        assert span.text == run.names["tokenizer"].decode(ids[span.begin : span.end])
+
+
+def check_audit(run, printed):
+    audit = run.names["audit"]
+    assert printed.startswith(f"{audit}\nrecall {audit.recall:.2f}, worst layer ")
+    assert len(audit.blocks) == 8
+    assert (audit.n_chosen, audit.n_chunks) == (4, 9)
+    assert 0.5 < audit.recall < 1
+
+
 def check_methods(run, printed):
     words = [run.names["tokenizer"].decode(run.names[name][0, 3:]) for name in ("out", "without")]
     assert [len(answer.split()) for answer in words] == [16, 16]
@@ -199,6 +215,8 @@ CHECKS = {
     "Set budgets": check_budgets,
     "Use a disk": check_disk,
     "See what happened": check_stats,
+    "See which passages an answer was drawn from": check_explain,
+    "Check the choice of chunks on your own text": check_audit,
     "Compare with the paper's method, or with sinks and window alone": check_methods,
     "Keep what was read": check_sessions,
     "Read a long text so that it can be interrupted": check_durable,
