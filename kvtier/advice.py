@@ -8,7 +8,7 @@ from kvtier.footprint import Footprint
 from kvtier.runtime.budget import format_bytes
 from kvtier.runtime.shards import BLOCK_BYTES
 from kvtier.runtime.sizing import item_bytes
-from kvtier.runtime.summary import make_summary
+from kvtier.runtime.summary import Summary, make_summary
 
 SMALLER = ((16, 4), (16, 2), (8, 4), (8, 2), (4, 4), (4, 2))
 """``[summary] rank`` and ``bits`` of sketches, the better ones first."""
@@ -125,13 +125,12 @@ class Advisor:
         if f.budgets.gpu_bytes < f.tiers(self.tokens)["device"].least:
             yield "a lower [attention] local, select or max, or [prefill] block: the budget is below any context's"
             return
+        yield from self._two_levels()
         now = f.summary.chunk_bytes()
         for rank, bits in SMALLER:
             if rank > f.shape.head_dim:
                 continue
-            summary = make_summary(
-                "sketch", chunk=f.geometry.chunk, head_dim=f.shape.head_dim, dtype=f.shape.dtype, rank=rank, bits=bits
-            )
+            summary = self._sketch(rank, bits, f.summary.levels)
             changed = f.changed(summary=summary)
             if summary.chunk_bytes() < now and changed.fits(self.tokens, "device"):
                 kind = "" if self.config.summary.kind == "sketch" else 'kind = "sketch", '
@@ -142,3 +141,22 @@ class Advisor:
                 return
         if f.rows > 1:
             yield "fewer rows at a time"
+
+    def _two_levels(self) -> Iterator[str]:
+        """The sketches on the host, where that makes the device suffice."""
+        f = self.footprint
+        if f.summary.levels == 2 or self.config.summary.kind != "sketch":
+            return
+        changed = f.changed(summary=self._sketch(f.summary.rank, f.summary.bits, levels=2))
+        if changed.fits(self.tokens, "device"):
+            fine = changed.host(self.tokens).lines["fine_codes"]
+            more = "" if changed.fits(self.tokens, "host", "disk") else ", where that does not fit as it is"
+            yield (
+                f"[summary] levels = 2: then the device suffices; {format_bytes(fine)} of sketches go to the host"
+                f"{more} (it chooses most of the same chunks: docs/summaries.md)"
+            )
+
+    def _sketch(self, rank: int, bits: int, levels: int) -> Summary:
+        f = self.footprint
+        sizes = {"chunk": f.geometry.chunk, "head_dim": f.shape.head_dim, "rank": rank, "bits": bits}
+        return make_summary("sketch", dtype=f.shape.dtype, levels=levels, overfetch=f.summary.overfetch, **sizes)

@@ -46,11 +46,12 @@ class Runtime:
         self._sizes: DeviceSizes | None = None
         if config.attention.method == "chunks":
             s = config.summary
+            more = {"rank": s.rank, "bits": s.bits, "levels": s.levels, "overfetch": s.overfetch}
             self._summary = make_summary(
-                s.kind, chunk=geometry.chunk, head_dim=shape.head_dim, dtype=shape.dtype, rank=s.rank, bits=s.bits
+                s.kind, chunk=geometry.chunk, head_dim=shape.head_dim, dtype=shape.dtype, **more
             )
             self._sizes = device_sizes(shape, geometry, self._summary, self._rotary_bytes(), budgets.gpu_bytes)
-            check_host_budget(shape, geometry, budgets.host_bytes, config.store.bits)
+            check_host_budget(shape, geometry, budgets.host_bytes, config.store.bits, self._summary)
 
     def open(self) -> None:
         """Allocate the fixed parts. Raises BudgetError or StoreError with everything given back."""
@@ -82,6 +83,11 @@ class Runtime:
         device = DevicePool(self._gpu, pool_slots, *record, shape.device)
         host = HostPool(self._host, *record, pin=shape.device.type == "cuda", bits=bits)
         return Residency(device, host, store, bits)
+
+    @property
+    def gpu(self) -> Budget:
+        """Of the device."""
+        return self._gpu
 
     @property
     def disk(self) -> Budget:

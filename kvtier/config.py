@@ -192,10 +192,19 @@ class AttentionConfig(_Section):
 class SummaryConfig(_Section):
     """``[summary]``: what the GPU keeps of the keys of every chunk."""
 
-    checks: ClassVar[dict[str, _Check]] = {"kind": _kind, "rank": _whole(1), "bits": _choice(2, 4, 8)}
+    checks: ClassVar[dict[str, _Check]] = {
+        "kind": _kind,
+        "bits": _choice(2, 4, 8),
+        "levels": _choice(1, 2),
+        **dict.fromkeys(("rank", "overfetch"), _whole(1)),
+    }
     kind: str = "sketch"
     rank: int = 16
     bits: Literal[2, 4, 8] = 4
+    levels: Literal[1, 2] = 1
+    """2: sketches lie on the host, and a byte per token and KV head on the GPU proposes which of them are scored."""
+    overfetch: int = 8
+    """Of two levels: candidates for each chunk that is chosen."""
 
 
 @dataclass(frozen=True, slots=True)

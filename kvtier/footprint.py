@@ -20,6 +20,7 @@ from kvtier.runtime.shards import BLOCK_BYTES
 from kvtier.runtime.sizing import (
     DeviceSizes,
     device_sizes,
+    fine_bytes,
     host_slab_chunks,
     item_bytes,
     least_device_sizes,
@@ -159,10 +160,10 @@ class Footprint:
     def device(self, tokens: int) -> TierBytes:
         """Of the device budget."""
         sizes, retired = self.device_sizes(), self.retired(tokens)
-        one = summaries_bytes(self.shape, self.summary, retired)
-        tail = slab_bytes(self.summary.layout(), self.shape.n_kv_heads) if retired % SLAB_CHUNKS else 0
+        one = summaries_bytes(self.shape, self.geometry, self.summary, retired)
+        tail = slab_bytes(self.summary.device_layout(), self.shape.n_kv_heads) if retired % SLAB_CHUNKS else 0
         of_a_fork = self.n_full * (tail if retired else moment_bytes(self.shape, self.summary))
-        in_triton = self.on_gpu and self.summary.kernel_kind != "exact"
+        in_triton = self.on_gpu and self.summary.kernel_kind != "exact" and self.summary.levels == 1
         lines = {
             "windows": sizes.ring * self.rows,
             "scratch": sizes.scratch,
@@ -186,14 +187,23 @@ class Footprint:
         parked = max(self.forks, self.rows if self.durable else 0) * parked_bytes(self.shape, self.geometry, tokens)
         windows = self.forks * Windows.bytes_needed(self.shape, self.geometry)  # at most, when they have gone on
         others = max(windows_set_aside(self.shape, self.geometry), windows, parked)
-        room = max(0, limit - others) // one
+        fine = self._fine_bytes(tokens)
+        room = max(0, limit - others - fine) // one
         held = total if self.budgets.disk_bytes is None else min(total, room)
         per_slab = host_slab_chunks(limit, one)
         slots = max(held, min(-(-held // per_slab) * per_slab, room))
         lines = {"chunks": held * one, "slab_rounding": (slots - held) * one, "windows": others}
-        used = slots * one + parked
-        least = least_host_bytes(self.shape, self.geometry, self.bits)
+        if self.summary.levels == 2:
+            lines["fine_codes"] = fine
+        used = slots * one + parked + fine
+        least = least_host_bytes(self.shape, self.geometry, self.bits, self.summary)
         return TierBytes(lines, limit, used, held, used, least)
+
+    def _fine_bytes(self, tokens: int) -> int:
+        """Of all sequences; a fork that has gone on copies the last slab."""
+        retired = self.retired(tokens)
+        of_a_fork = fine_bytes(self.shape, self.summary, 1) if retired % SLAB_CHUNKS else 0
+        return self.rows * fine_bytes(self.shape, self.summary, retired) + self.forks * of_a_fork
 
     def disk(self, tokens: int) -> TierBytes | None:
         """Of the disk budget; None without a store."""

@@ -112,7 +112,7 @@ def plan(
         "tiers": tiers,
         "rates": rates(footprint, seen, tokens, bandwidths, miss),
         "advice": Advisor(footprint, tokens, settings).lines(),
-        "notes": [*seen.notes, *_notes(footprint, seen, tokens, where)],
+        "notes": [*seen.notes, *_notes(footprint, seen, tokens, where), *_note_of_saved(saved, path)],
     }
 
 
@@ -224,7 +224,7 @@ def _saved_before(settings: Config) -> int:
     if store.path is None or store.mode != "durable" or not Path(store.path).is_dir():
         return 0
     library = Library(store.path)
-    return 0 if library.is_new() else sum(entry.nbytes for entry in library.entries())
+    return 0 if library.is_new() else library.nbytes
 
 
 # -- the report --------------------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def _settings(footprint: Footprint, settings: Config) -> dict[str, Any]:
     return {
         "attention": {name: getattr(g, name) for name in ("max", "sink", "local", "chunk", "select")},
         "prefill": {name: getattr(g, name) for name in ("block", "queries", "tail")},
-        "summary": {"kind": settings.summary.kind, "rank": s.rank, "bits": s.bits},
+        "summary": {"kind": settings.summary.kind, "rank": s.rank, "bits": s.bits, "levels": s.levels},
         "store": {"path": settings.store.path, "mode": settings.store.mode, "dtype": settings.store.dtype},
     }
 
@@ -291,6 +291,16 @@ def _notes(f: Footprint, seen: Outline, tokens: int, device: str) -> list[str]:
     return notes
 
 
+def _note_of_saved(saved: int, path: str | None) -> list[str]:
+    """A plan takes no token ids, so that it cannot know whether the store has them."""
+    if not saved:
+        return []
+    return [
+        f"{format_bytes(saved)} that are saved in {path} are counted beside this text, as if it was another one: what "
+        "is stored of it is not written again, so if it was read there before, the disk needs that much less"
+    ]
+
+
 PLACES = {"cuda": "a GPU", "cpu": "the CPU"}
 LABELS = {
     "windows": "windows of the newest tokens",
@@ -301,6 +311,7 @@ LABELS = {
     "selection": "scratch of selection",
     "pool": "pool of the chunks in use",
     "chunks": "chunks",
+    "fine_codes": "fine codes of the summaries",
     "slab_rounding": "free places in the last slab",
     "padding": "padding of records",
     "free_places": "free places in the last shard",

@@ -10,9 +10,12 @@ from typing import Any
 
 from kvtier.bandwidth import Bandwidths
 from kvtier.footprint import Footprint
+from kvtier.kernels.coarse import kept_tokens
 from kvtier.outline import Outline
 from kvtier.runtime.budget import format_bytes
 from kvtier.runtime.geometry import Geometry
+from kvtier.runtime.slabs import SLAB_CHUNKS
+from kvtier.runtime.summary import layout_bytes
 
 SAMPLES = 64
 """Places of a context at which a block is looked at."""
@@ -65,6 +68,8 @@ class Moment:
     """Tokens, summed over the layers."""
     scored: float
     """Numbers of summaries per KV head that a query is multiplied with, summed over the layers."""
+    fine_bytes: float
+    """Fine codes that come from the host, with two levels."""
 
 
 def moment(footprint: Footprint, tokens: int, new: int) -> Moment:
@@ -75,19 +80,36 @@ def moment(footprint: Footprint, tokens: int, new: int) -> Moment:
     length = min(g.sink, start) + min(retired, g.select) * g.chunk + start - min(start, g.window_start(start)) + new
     slides = 0 if shape.sliding_window is None else min(start, shape.sliding_window - 1) + new
     attended = f.n_full * length + len(shape.sliding_layers) * slides
-    per_head = f.n_full * retired
     chosen = f.n_full * min(retired, g.select) * shape.n_kv_heads
     scores = retired > g.select > 0
     total = f.chunks(start + 1)
     only_disk = max(0, total - f.host(start + 1).chunks) / total if total else 0.0
+    coarse, fine = _looked_at(f, retired) if scores else (0, 0)
     return Moment(
-        summary_bytes=per_head * shape.n_kv_heads * f.summary.chunk_bytes() if scores else 0.0,
+        summary_bytes=f.n_full * coarse * shape.n_kv_heads * f.summary.chunk_bytes(),
         attended_bytes=2.0 * attended * shape.n_kv_heads * shape.head_dim * shape.dtype.itemsize,
         chosen=chosen,
         chosen_on_disk=chosen * only_disk,
         attended=attended,
-        scored=per_head * _numbers(footprint) if scores else 0.0,
+        scored=f.n_full * (coarse * _numbers(f) if f.summary.levels == 1 else _sketch_numbers(f, coarse, fine)),
+        fine_bytes=float(f.n_full * fine * shape.n_kv_heads * layout_bytes(f.summary.layout())),
     )
+
+
+def _looked_at(footprint: Footprint, retired: int) -> tuple[int, int]:
+    """Chunks per KV head whose summaries on the device, and whose fine codes from the host, are scored in a layer."""
+    summary, select = footprint.summary, footprint.geometry.select
+    if summary.levels == 1:
+        return retired, 0
+    if summary.proposes(retired, select, SLAB_CHUNKS):
+        return retired, summary.overfetch * select
+    return 0, retired
+
+
+def _sketch_numbers(footprint: Footprint, coarse: int, fine: int) -> int:
+    """Numbers of two levels that a query is multiplied with."""
+    chunk = footprint.geometry.chunk
+    return (coarse * kept_tokens(chunk) + fine * chunk) * footprint.summary.rank
 
 
 def _numbers(footprint: Footprint) -> int:
@@ -102,6 +124,7 @@ def decode_terms(footprint: Footprint, outline: Outline, tokens: int, bw: Bandwi
     yield Term("weights", "device_memory", min(rows * outline.step_bytes, outline.weight_bytes), bw.device_memory)
     yield Term("summaries", "device_memory", rows * m.summary_bytes, bw.device_memory)
     yield Term("attended K and V", "device_memory", rows * m.attended_bytes, bw.device_memory)
+    yield Term("fine codes of candidates", _link(footprint, "link_up"), rows * m.fine_bytes, bw.link_up)
     link = rows * miss * m.chosen * footprint.item_bytes
     yield Term("missed chunks", _link(footprint, "link_up"), link, bw.link_up)
     from_disk = rows * miss * m.chosen_on_disk * _record(footprint)
@@ -120,6 +143,7 @@ def prefill_terms(footprint: Footprint, outline: Outline, tokens: int, bw: Bandw
     yield Term("attention", "matmul", 4.0 * shape.n_heads * shape.head_dim * m.attended * block, bw.matmul)
     choosing = len(g.choosing(block))
     yield Term("selection", "matmul", 2.0 * shape.n_heads * choosing * m.scored, bw.matmul)
+    yield Term("fine codes of candidates", _link(f, "link_up"), m.fine_bytes, bw.link_up)
     yield Term("missed chunks", _link(f, "link_up"), miss * m.chosen * f.item_bytes, bw.link_up)
     share = block / tokens / f.rows
     leaving = share * f.chunks(tokens) * f.item_bytes

@@ -1,6 +1,7 @@
 """The bookkeeping of one sequence: what is cached, where its blocks began, which chunks have left the window."""
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import torch
 
 from kvtier.runtime.budget import Budget
 from kvtier.runtime.slabs import SlabList
-from kvtier.runtime.summary import Layout, State
+from kvtier.runtime.summary import State
 from kvtier.runtime.tier import Ids
 from kvtier.runtime.window import ParkedWindows
 
@@ -143,18 +144,29 @@ class QueryMoment:
         return other
 
 
+@dataclass(frozen=True, slots=True)
+class Coarse:
+    """The coarse level of a layer's chunks, for a summary of two levels."""
+
+    fitted: Fitted
+    codes: SlabList
+    """Of the first chunks, as many as were proposed from; on the device."""
+
+
 @dataclass
 class LayerChunks:
     """The chunks of one layer that have left the window, in order of position."""
 
     codes: SlabList
-    """Their summaries, on the device."""
+    """Their summaries, on the device; of two levels, the fine codes, on the host."""
     ids: Ids
     """Their chunk ids, [N, retired] int64."""
     fitted: Fitted | None = None
     """What the summary fitted to this layer, from the first chunk on."""
     queries: QueryMoment | None = None
     """The queries so far, until then, for a summary that needs them."""
+    coarse: Coarse | None = None
+    """Of two levels, from the first choice that needs it on."""
 
     @property
     def retired(self) -> int:
@@ -162,7 +174,8 @@ class LayerChunks:
         return int(self.ids.shape[1])
 
     def fork(self) -> "LayerChunks":
-        return LayerChunks(self.codes.fork(), self.ids, self.fitted, self.queries and self.queries.copy())
+        coarse = self.coarse and Coarse(self.coarse.fitted, self.coarse.codes.fork())
+        return LayerChunks(self.codes.fork(), self.ids, self.fitted, self.queries and self.queries.copy(), coarse)
 
 
 @dataclass
@@ -180,14 +193,9 @@ class TieredSequence(Sequence):
     """Who writes its chunks to a saved sequence; a fork has none."""
 
     @classmethod
-    def empty(
-        cls, n_layers: int, n_kv_heads: int, layout: Layout, budget: Budget, device: torch.device, select: int
-    ) -> "TieredSequence":
-        """A sequence without tokens."""
-        layers = [
-            LayerChunks(SlabList(layout, n_kv_heads, budget, device), np.empty((n_kv_heads, 0), dtype=np.int64))
-            for _ in range(n_layers)
-        ]
+    def empty(cls, n_layers: int, n_kv_heads: int, codes: Callable[[], SlabList], select: int) -> "TieredSequence":
+        """A sequence without tokens; ``codes`` makes what holds the summaries of a layer."""
+        layers = [LayerChunks(codes(), np.empty((n_kv_heads, 0), dtype=np.int64)) for _ in range(n_layers)]
         return cls(select=select, layers=layers)
 
     def fork(self, select: int) -> "TieredSequence":

@@ -18,7 +18,7 @@ from kvtier.runtime.sequence_files import PIECE, SHARD_CHUNKS, SequenceLayout
 from kvtier.runtime.shards import BLOCK_BYTES, ShardLayout
 from kvtier.runtime.slabs import SLAB_CHUNKS, slab_bytes
 from kvtier.runtime.store import EMPTY_STORE_BYTES
-from kvtier.runtime.summary import Summary
+from kvtier.runtime.summary import Layout, Summary, layout_bytes
 from kvtier.runtime.window import Windows
 
 POOL_STEPS = 3
@@ -100,17 +100,23 @@ def device_sizes(
 
 def least_device_sizes(shape: ModelShape, geometry: Geometry, summary: Summary, rotary_bytes: int) -> DeviceSizes:
     """The least that can run: the pool holds the chunks of one layer."""
-    n_full = len(shape.full_layers)
-    per_layer = slab_bytes(summary.layout(), shape.n_kv_heads) + shape.n_kv_heads * summary.state_bytes()
-    per_layer += moment_bytes(shape, summary)
+    n_full, two_levels = len(shape.full_layers), summary.levels == 2
+    per_layer = slab_bytes(summary.device_layout(), shape.n_kv_heads) + moment_bytes(shape, summary)
+    per_layer += shape.n_kv_heads * (summary.state_bytes() + summary.coarse_state_bytes())
     return DeviceSizes(
         ring=Windows.bytes_needed(shape, geometry),
-        scratch=scratch_bytes(shape, geometry),
+        scratch=scratch_bytes(shape, geometry) + two_levels * candidate_bytes(shape, geometry, summary),
         rotary=rotary_bytes,
         summaries=n_full * per_layer,
         pool_slots=max(1, geometry.select) * shape.n_kv_heads if n_full else 0,
         chunk_bytes=chunk_bytes(shape, geometry),
     )
+
+
+def candidate_bytes(shape: ModelShape, geometry: Geometry, summary: Summary) -> int:
+    """Device bytes of the fine codes of a layer's candidates, as they come from the host and in their order."""
+    per_head = summary.overfetch * geometry.select * layout_bytes(summary.layout())
+    return 2 * shape.n_kv_heads * per_head if shape.full_layers else 0
 
 
 def moment_bytes(shape: ModelShape, summary: Summary) -> int:
@@ -123,36 +129,53 @@ def windows_set_aside(shape: ModelShape, geometry: Geometry) -> int:
     return 2 * Windows.bytes_needed(shape, geometry)
 
 
-def least_host_bytes(shape: ModelShape, geometry: Geometry, bits: int | None) -> int:
-    """The least that can run: two parked windows and the chunks that one block retires in one layer."""
-    return _retiring_chunks(shape, geometry) * item_bytes(shape, geometry, bits) + windows_set_aside(shape, geometry)
+def least_host_bytes(shape: ModelShape, geometry: Geometry, bits: int | None, summary: Summary) -> int:
+    """The least that can run: two parked windows, the chunks that one block retires in one layer, first fine codes."""
+    chunks = _retiring_chunks(shape, geometry) * item_bytes(shape, geometry, bits)
+    return chunks + windows_set_aside(shape, geometry) + fine_bytes(shape, summary, 1)
 
 
 def _retiring_chunks(shape: ModelShape, geometry: Geometry) -> int:
     return shape.n_kv_heads * (geometry.block // geometry.chunk + 1)
 
 
-def check_host_budget(shape: ModelShape, geometry: Geometry, host_bytes: int, bits: int | None) -> None:
-    """Refuse a host budget that cannot hold two parked windows and the chunks that one block retires in one layer."""
+def check_host_budget(
+    shape: ModelShape, geometry: Geometry, host_bytes: int, bits: int | None, summary: Summary
+) -> None:
+    """Refuse a host budget below ``least_host_bytes``."""
     retiring, window = _retiring_chunks(shape, geometry), windows_set_aside(shape, geometry)
-    minimum = least_host_bytes(shape, geometry, bits)
+    minimum, fine = least_host_bytes(shape, geometry, bits, summary), fine_bytes(shape, summary, 1)
     if host_bytes < minimum:
         raise BudgetError(
             f"[budget] host = {format_bytes(host_bytes)} is below the minimum working set {format_bytes(minimum)}: "
             f"two parked windows {format_bytes(window)} (forks, or the cache they came from) + {retiring} chunks that "
-            f"a block of {geometry.block} tokens retires in a layer {format_bytes(minimum - window)}. Raise it to at "
-            f"least {minimum} bytes, or lower [attention] local or [prefill] block"
+            f"a block of {geometry.block} tokens retires in a layer {format_bytes(minimum - window - fine)}"
+            f"{f' + first fine codes {format_bytes(fine)}' if fine else ''}. Raise it to at least {minimum} bytes, "
+            "or lower [attention] local or [prefill] block"
         )
 
 
 # -- a whole context ---------------------------------------------------------------------------------------------------
 
 
-def summaries_bytes(shape: ModelShape, summary: Summary, chunks: int) -> int:
+def summaries_bytes(shape: ModelShape, geometry: Geometry, summary: Summary, chunks: int) -> int:
     """Device bytes of the summaries of one sequence of which ``chunks`` have left the window, and what is fitted."""
-    slabs = -(-chunks // SLAB_CHUNKS) * slab_bytes(summary.layout(), shape.n_kv_heads)
-    one = slabs + shape.n_kv_heads * summary.state_bytes() if chunks else moment_bytes(shape, summary)
-    return len(shape.full_layers) * one
+    if not chunks:
+        return len(shape.full_layers) * moment_bytes(shape, summary)
+    slabs, fitted = _slabs_bytes(summary.device_layout(), shape, chunks), summary.state_bytes()
+    if summary.levels == 2:
+        proposes = summary.proposes(chunks, geometry.select, SLAB_CHUNKS)
+        slabs, fitted = proposes * slabs, fitted + proposes * summary.coarse_state_bytes()
+    return len(shape.full_layers) * (slabs + shape.n_kv_heads * fitted)
+
+
+def fine_bytes(shape: ModelShape, summary: Summary, chunks: int) -> int:
+    """Host bytes of the fine codes of one sequence, with two levels."""
+    return len(shape.full_layers) * _slabs_bytes(summary.layout(), shape, chunks) if summary.levels == 2 else 0
+
+
+def _slabs_bytes(layout: Layout, shape: ModelShape, chunks: int) -> int:
+    return -(-chunks // SLAB_CHUNKS) * slab_bytes(layout, shape.n_kv_heads)
 
 
 def selection_bytes(shape: ModelShape, geometry: Geometry, summary: Summary, tokens: int) -> int:

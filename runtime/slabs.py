@@ -58,7 +58,7 @@ class SlabList:
     def fork(self) -> "SlabList":
         """A list of the same chunks. Whichever side appends first copies the partly filled slab."""
         self._slabs = self._slabs[: -(-self._length // SLAB_CHUNKS)]  # what was only reserved is not shared
-        other = SlabList(self._layout, self._rows, self._budget, self._device)
+        other = self._empty()
         other._slabs = list(self._slabs)
         other._length = self._length
         self._tail_is_shared = other._tail_is_shared = True
@@ -68,14 +68,20 @@ class SlabList:
         """Make the next ``append`` of up to ``n`` chunks unable to fail; raises BudgetError with nothing changed."""
         used = self._length % SLAB_CHUNKS
         if self._tail_is_shared and used:
-            own = Slab(self._layout, self._rows, self._budget, self._device)
+            own = self._new_slab()
             shared = self._slabs[self._length // SLAB_CHUNKS]
             for name, tensor in own.tensors.items():
                 tensor[:, :used] = shared.tensors[name][:, :used]
             self._slabs[self._length // SLAB_CHUNKS :] = [own]
         self._tail_is_shared = False
         while len(self._slabs) * SLAB_CHUNKS < self._length + n:
-            self._slabs.append(Slab(self._layout, self._rows, self._budget, self._device))
+            self._slabs.append(self._new_slab())
+
+    def _empty(self) -> "SlabList":
+        return SlabList(self._layout, self._rows, self._budget, self._device)
+
+    def _new_slab(self) -> Slab:
+        return Slab(self._layout, self._rows, self._budget, self._device)
 
     def append(self, values: Codes) -> None:
         """Add the chunks of ``values`` (tensors [N, m, ...]) after the last one."""
@@ -103,12 +109,15 @@ class SlabList:
 
     def slabs(self, length: int) -> Iterator[Codes]:
         """The first ``length`` chunks, slab by slab: views [N, up to SLAB_CHUNKS, ...]."""
-        for begin in range(0, length, SLAB_CHUNKS):
-            used = min(SLAB_CHUNKS, length - begin)
-            yield {name: t[:, :used] for name, t in self._slabs[begin // SLAB_CHUNKS].tensors.items()}
+        return self._views(0, length)
 
     def part(self, begin: int, end: int) -> Codes:
-        """The chunks begin..end, copied: tensors [N, end - begin, ...] by name."""
-        slabs = list(self.slabs(end))[begin // SLAB_CHUNKS :]
-        skip = begin - begin // SLAB_CHUNKS * SLAB_CHUNKS
+        """The chunks begin..end, copied where they lie: tensors [N, end - begin, ...] by name."""
+        slabs = list(self._views(begin // SLAB_CHUNKS, end))
+        skip = begin % SLAB_CHUNKS
         return {name: torch.cat([slab[name] for slab in slabs], dim=1)[:, skip:] for name in self._layout}
+
+    def _views(self, first_slab: int, length: int) -> Iterator[Codes]:
+        for begin in range(first_slab * SLAB_CHUNKS, length, SLAB_CHUNKS):
+            used = min(SLAB_CHUNKS, length - begin)
+            yield {name: t[:, :used] for name, t in self._slabs[begin // SLAB_CHUNKS].tensors.items()}

@@ -35,6 +35,10 @@ class Summary(ABC):
     """What ``kernels.select`` calls it, "exact" for what it has no kernel for."""
     needs_queries = False
     """Whether ``fit`` looks at the queries."""
+    levels = 1
+    """2: what ``encode`` returns lies on the host, and a coarse level on the device."""
+    overfetch = 8
+    """Of two levels: candidates for each chunk that is chosen."""
 
     def __init__(self, *, chunk: int, head_dim: int, dtype: torch.dtype, rank: int, bits: int) -> None:
         self.chunk = chunk
@@ -45,7 +49,11 @@ class Summary(ABC):
 
     @abstractmethod
     def layout(self) -> Layout:
-        """The tensors that one chunk of one KV head takes on the device."""
+        """The tensors that ``encode`` makes of one chunk of one KV head."""
+
+    def device_layout(self) -> Layout:
+        """The tensors that it takes on the device."""
+        return self.layout()
 
     def fit(self, keys: torch.Tensor, q_outer: torch.Tensor | None) -> State:
         """Called once per layer and sequence, when the first chunk leaves the window.
@@ -62,6 +70,14 @@ class Summary(ABC):
         """Device bytes of what ``fit`` returns, per KV head."""
         return 0
 
+    def coarse_state_bytes(self) -> int:
+        """Of what is fitted for the coarse level, per KV head; 0 with one level."""
+        return 0
+
+    def proposes(self, n_chunks: int, select: int, first: int) -> bool:
+        """Whether a coarse level, fitted to the ``first`` chunks, chooses candidates among ``n_chunks`` chunks."""
+        return self.levels == 2 and n_chunks > self.overfetch * select and n_chunks >= first
+
     @abstractmethod
     def encode(self, state: State, keys: torch.Tensor) -> Codes:
         """Summarise the un-rotated ``keys`` [N, m, C, D] of m chunks."""
@@ -72,13 +88,35 @@ class Summary(ABC):
 
     def chunk_bytes(self) -> int:
         """Device bytes of the summary of one chunk of one KV head."""
-        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.layout().values())
+        return layout_bytes(self.device_layout())
 
 
-def make_summary(kind: str, *, chunk: int, head_dim: int, dtype: torch.dtype, rank: int = 16, bits: int = 4) -> Summary:
-    """The summary that ``[summary] kind`` names; raises ConfigError for an unknown kind or rank > head_dim."""
+def layout_bytes(layout: Layout) -> int:
+    """Bytes of one chunk of one KV head."""
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values())
+
+
+def make_summary(
+    kind: str,
+    *,
+    chunk: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    rank: int = 16,
+    bits: int = 4,
+    levels: int = 1,
+    overfetch: int = 8,
+) -> Summary:
+    """What ``[summary]`` names; raises ConfigError for an unknown kind, rank > head_dim, two levels of no sketch."""
     if kind not in KINDS:
         raise ConfigError(f'[summary] kind = "{kind}" is not known; choose one of {", ".join(sorted(KINDS))}')
     module, name = KINDS[kind].split(":")
     cls = cast(type[Summary], getattr(importlib.import_module(module), name))
-    return cls(chunk=chunk, head_dim=head_dim, dtype=dtype, rank=rank, bits=bits)
+    summary = cls(chunk=chunk, head_dim=head_dim, dtype=dtype, rank=rank, bits=bits)
+    if levels == 2 and summary.kernel_kind != "sketch":
+        raise ConfigError(
+            f'[summary] levels = 2 goes with kind = "sketch" alone, whose codes the coarse level is made of, not with '
+            f'"{kind}": leave levels out'
+        )
+    summary.levels, summary.overfetch = levels, overfetch
+    return summary

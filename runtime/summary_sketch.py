@@ -3,6 +3,15 @@
 import torch
 
 from kvtier.kernels.basis import fit_basis
+from kvtier.kernels.coarse import (
+    GROUPS,
+    coarse_scores,
+    decode_sketch,
+    encode_coarse,
+    fit_coarse,
+    kept_tokens,
+    level_bytes,
+)
 from kvtier.kernels.quantize import packed_size
 from kvtier.kernels.select import sketch_scores
 from kvtier.kernels.summarize import encode_sketch
@@ -39,6 +48,9 @@ class SketchSummary(Summary):
     def state_bytes(self) -> int:
         return 4 * self.head_dim * (1 + 2 * self.rank)
 
+    def coarse_state_bytes(self) -> int:
+        return level_bytes(self.rank) if self.levels == 2 else 0
+
     def encode(self, state: State, keys: torch.Tensor) -> Codes:
         mean, to, _ = state
         codes, scale = encode_sketch(keys, mean, to, self.bits)
@@ -47,3 +59,30 @@ class SketchSummary(Summary):
     def scores(self, state: State, codes: Codes, q: torch.Tensor) -> torch.Tensor:
         mean, _, back = state
         return sketch_scores(q, codes["codes"], codes["scale"], mean, back, self.bits)
+
+    # -- the coarse level, with ``levels`` = 2 -------------------------------------------------------------------------
+
+    def device_layout(self) -> Layout:
+        if self.levels == 1:
+            return self.layout()
+        return {
+            "coarse": ((kept_tokens(self.chunk), GROUPS), torch.uint8),
+            "coarse_scale": ((1,), torch.bfloat16),
+        }
+
+    def fit_coarse(self, state: State, codes: Codes) -> State:
+        """Called once per layer and sequence, with the ``codes`` of the first chunks."""
+        return fit_coarse(decode_sketch(codes["codes"], codes["scale"], self.bits), state[1])
+
+    def encode_coarse(self, level: State, codes: Codes) -> Codes:
+        """The coarse codes of chunks, from their ``codes``."""
+        directions, books = level
+        tokens = decode_sketch(codes["codes"], codes["scale"], self.bits)
+        coarse, scale = encode_coarse(tokens, (directions, books))
+        return {"coarse": coarse, "coarse_scale": scale}
+
+    def coarse_scores(self, state: State, level: State, codes: Codes, q: torch.Tensor) -> torch.Tensor:
+        """``scores`` from coarse codes."""
+        mean, _, back = state
+        directions, books = level
+        return coarse_scores(q, codes["coarse"], codes["coarse_scale"], (directions, books), mean, back)

@@ -11,20 +11,28 @@
 A layer with a sliding window has step 4 alone, with that window.
 """
 
+import warnings
+
 import numpy as np
 import torch
 
 from kvtier.kernels.attend import Logits
 from kvtier.runtime.budget import Budget
 from kvtier.runtime.engine import Engine
+from kvtier.runtime.finite import check_finite
 from kvtier.runtime.geometry import Geometry
+from kvtier.runtime.host_slabs import HostSlabs
 from kvtier.runtime.layer_attention import Attended, make_attention
-from kvtier.runtime.layer_selection import make_selection
+from kvtier.runtime.layer_selection import LayerSelection, make_selection
 from kvtier.runtime.model import ModelShape, Rotary
 from kvtier.runtime.residency import Residency
 from kvtier.runtime.seats import Seats
 from kvtier.runtime.sequence import Fitted, LayerChunks, QueryMoment, TieredSequence
+from kvtier.runtime.slabs import SlabList
 from kvtier.runtime.summary import Summary
+from kvtier.runtime.summary_sketch import SketchSummary
+from kvtier.runtime.trace import Trace
+from kvtier.runtime.two_levels import TwoLevelSelection
 from kvtier.runtime.window import WindowRing, Windows
 
 
@@ -47,16 +55,34 @@ class TieredEngine(Engine[TieredSequence]):
         self.summary = summary
         self._seats = Seats(shape, geometry, residency, gpu, host)
         self._attention = make_attention(shape, geometry, {table.cos.shape[-1] for table in rotary})
-        self._selection = make_selection(summary, shape.device, gpu)
+        self._selection = self._make_selection()
         self.last_chosen: list[torch.Tensor | None] = [None] * shape.n_layers
         """Per layer, the chunks [N, n] that the last block attended to (None before any could be selected)."""
+        self.trace: Trace | None = None
+        """Who keeps what is chosen; None: nobody."""
+
+    def _make_selection(self) -> LayerSelection:
+        summary, device = self.summary, self.shape.device
+        if not isinstance(summary, SketchSummary) or summary.levels == 1:
+            return make_selection(summary, device, self._gpu)
+        if device.type == "cuda":
+            warnings.warn("[summary] levels = 2 selects in torch, more slowly than one level in Triton", stacklevel=2)
+        return TwoLevelSelection(summary, self._gpu)
 
     # -- sequences -----------------------------------------------------------------------------------------------------
 
     def new_sequence(self, select: int) -> TieredSequence:
         """An empty sequence."""
-        return TieredSequence.empty(
-            self.shape.n_layers, self.shape.n_kv_heads, self.summary.layout(), self._gpu, self.shape.device, select
+        return TieredSequence.empty(self.shape.n_layers, self.shape.n_kv_heads, self._new_codes, select)
+
+    def _new_codes(self) -> SlabList:
+        """What holds the summaries of a layer."""
+        layout, heads, device = self.summary.layout(), self.shape.n_kv_heads, self.shape.device
+        if self.summary.levels == 1:
+            return SlabList(layout, heads, self._gpu, device)
+        residency, host = self.residency, self.residency.host.budget
+        return HostSlabs(
+            layout, heads, host, device, lambda nbytes: residency.free_host_bytes(nbytes + host.aside_bytes)
         )
 
     def fork(self, sequence: TieredSequence, select: int) -> TieredSequence:
@@ -109,6 +135,9 @@ class TieredEngine(Engine[TieredSequence]):
         self._retire(sequence, layer, ring, place)
         chosen = self._choose(chunks, layer, q, start, sequence.select, logits.scaling)
         self.last_chosen[layer] = chosen
+        if self.trace is not None:
+            queries = self._choosing(layer, q, logits.scaling)
+            self.trace.add(sequence, layer, q.shape[1], queries, self.geometry.selectable(start), chosen)
         g = self.geometry
         slots = None if chosen is None else self._fetch(chunks, chosen)
         begin = max(g.sink, g.window_start(start))
@@ -138,20 +167,27 @@ class TieredEngine(Engine[TieredSequence]):
             return
         g, n_kv = self.geometry, self.shape.n_kv_heads
         begin, end = g.sink + first * g.chunk, g.sink + last * g.chunk
-        if chunks.fitted is None:
-            queries = None if chunks.queries is None else chunks.queries.before(start)
-            chunks.fitted = Fitted(self.summary.fit(ring.tokens(place, g.sink, start)[0], queries), self._gpu)
-            chunks.queries = None
         kv = ring.tokens(place, begin, end).unflatten(2, (last - first, g.chunk))  # [2, N, m, C, D]
+        check_finite(layer, self.shape.dtype, keys=kv[0], values=kv[1])
+        fitted = chunks.fitted or self._fit(chunks, layer, ring.tokens(place, g.sink, start)[0], start)
         chunks.codes.reserve(last - first)
         items = self.residency.pack(
             kv.permute(1, 2, 0, 3, 4).reshape(-1, 2, g.chunk, self.shape.head_dim)
         )  # [N*m, ...]
         ids = self.residency.admit(items).reshape(n_kv, -1)
-        chunks.codes.append(self.summary.encode(chunks.fitted.state, kv[0]))
+        chunks.codes.append(self.summary.encode(fitted.state, kv[0]))
         chunks.ids = np.concatenate([chunks.ids, ids], axis=1)
         if sequence.recorder is not None:
             sequence.recorder.add(place, first, ids, items)
+
+    def _fit(self, chunks: LayerChunks, layer: int, keys: torch.Tensor, start: int) -> Fitted:
+        """Fit the summary to the ``keys`` [N, n, D] held, and to the queries before ``start``."""
+        queries = None if chunks.queries is None else chunks.queries.before(start)
+        seen = {} if queries is None else {"queries": queries}
+        check_finite(layer, self.shape.dtype, keys=keys, **seen)
+        fitted = chunks.fitted = Fitted(self.summary.fit(keys, queries), self._gpu)
+        chunks.queries = None
+        return fitted
 
     def _choose(
         self, chunks: LayerChunks, layer: int, q: torch.Tensor, start: int, select: int, scaling: float
@@ -162,9 +198,12 @@ class TieredEngine(Engine[TieredSequence]):
             return None
         if n_chunks <= select:
             return torch.arange(n_chunks, device=q.device).expand(self.shape.n_kv_heads, -1)
-        choosing = self.rotary[layer].unplaced(q[:, self.geometry.choosing(q.shape[1])].float()) * scaling
-        rows = choosing.reshape(self.shape.n_kv_heads, -1, self.shape.head_dim)  # [N, group*Q, D]
-        return self._selection.choose(chunks, rows, n_chunks, select)
+        return self._selection.choose(chunks, self._choosing(layer, q, scaling), n_chunks, select)
+
+    def _choosing(self, layer: int, q: torch.Tensor, scaling: float) -> torch.Tensor:
+        """The queries of a block that choose, scaled and without positions: [N, group*Q, D] float32."""
+        rows = self.rotary[layer].unplaced(q[:, self.geometry.choosing(q.shape[1])].float()) * scaling
+        return rows.reshape(self.shape.n_kv_heads, -1, self.shape.head_dim)
 
     def _fetch(self, chunks: LayerChunks, chosen: torch.Tensor) -> torch.Tensor:
         """Bring the ``chosen`` chunks [N, n] into the device pool; their slots there, [N, n] int32 on the device."""

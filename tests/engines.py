@@ -75,6 +75,8 @@ class Case:
     kind: str = "exact"
     rank: int = 4
     bits: int = 4
+    levels: int = 1
+    overfetch: int = 8
     picks: int = 2
 
     @property
@@ -232,7 +234,7 @@ def tiered(
     record = (g.chunk, case.head_dim, torch.float32)
     gpu, host = Budget("gpu", PLENTY), Budget("host", host_bytes)
     disk = None if disk_bytes is None else Budget("disk", disk_bytes)
-    sketch = {"rank": case.rank, "bits": case.bits}
+    sketch = {"rank": case.rank, "bits": case.bits, "levels": case.levels, "overfetch": case.overfetch}
     summary = make_summary(case.kind, chunk=g.chunk, head_dim=case.head_dim, dtype=torch.float32, **sketch)
     with (
         tempfile.TemporaryDirectory() as folder,

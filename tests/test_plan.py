@@ -5,6 +5,7 @@ import json
 import os
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -145,6 +146,8 @@ RUNS = {
     "durable int8": ("llama", {"budget": budgets(host="100KiB"), "store": {"mode": "durable", "dtype": "int8"}}),
     "durable int4": ("llama", {"store": {"mode": "durable", "dtype": "int4"}}),
     "durable minmax": ("llama", {"kind": "minmax", "store": {"mode": "durable"}}),
+    "two levels": ("llama", {"budget": budgets(host="200KiB"), "summary": {"levels": 2}}),
+    "two levels, durable": ("llama", {"summary": {"levels": 2}, "store": {"mode": "durable"}}),
     "half precision": ("bfloat16", {"budget": budgets(host="60KiB")}),
     "sliding layers": ("gemma3", {"budget": budgets(host="220KiB")}),
     "sliding layers, durable": ("gemma3", {"budget": budgets(host="220KiB"), "store": {"mode": "durable"}}),
@@ -187,6 +190,22 @@ def test_bytes_at_the_edges_of_chunks_and_slabs(n, tmp_path):
     assert {name: t["used"] for name, t in report["tiers"].items()} == {name: t["bytes"] for name, t in tiers.items()}
 
 
+@pytest.mark.parametrize(
+    ("n", "overfetch", "host"),
+    [(61, 8, 0), (1079, 8, 0), (1087, 8, 0), (1095, 8, 0), (1095, 70, 0), (1095, 8, 300 * KIB)],
+)
+def test_bytes_of_two_levels(n, overfetch, host, tmp_path):
+    """The coarse one comes when a slab of 128 chunks is full, or where 210 candidates are not all chunks.
+
+    The second slab of fine codes has chunks spilled where the host is small.
+    """
+    budget = budgets(host=host) if host else budgets(disk=None)
+    config = configured(tmp_path, budget=budget, summary={"levels": 2, "overfetch": overfetch})
+    report = plan(write_config(tmp_path / "model", llama()), n, config, device="cpu")
+    tiers, _ = read(llama(), config, n)
+    assert {name: t["used"] for name, t in report["tiers"].items()} == {name: t["bytes"] for name, t in tiers.items()}
+
+
 @pytest.mark.parametrize("rows", [2, 4])
 def test_bytes_of_a_batch(rows, tmp_path):
     config = configured(tmp_path, budget=budgets(host="400KiB"))
@@ -210,6 +229,7 @@ EDGES = {
     "spill": (budgets(host="200KiB", disk="8MiB"), {}),
     "spill int4": (budgets(host="80KiB", disk="8MiB"), {"dtype": "int4"}),
     "durable": (budgets(host="100KiB", disk="8MiB"), {"mode": "durable"}),
+    "two levels": (budgets(host="300KiB", disk="8MiB"), {}),
 }
 
 
@@ -217,7 +237,8 @@ EDGES = {
 def test_fits_where_a_run_gets_through_to_the_byte(edge, tmp_path):
     """For each budget: the least that the plan allows runs, one byte less is a BudgetError."""
     budget, store = EDGES[edge]
-    config, n = configured(tmp_path, budget=budget, store=store), 240
+    summary = {"summary": {"levels": 2}} if edge == "two levels" else {}
+    config, n = configured(tmp_path, budget=budget, store=store, **summary), 240
     folder = write_config(tmp_path / "model", llama())
     footprint = footprint_of(folder, config)
     for name in budget:
@@ -455,7 +476,9 @@ def test_what_a_store_holds_already_counts(tmp_path):
     config = configured(tmp_path, store={"mode": "durable"})
     before = plan(folder, 300, config, device="cpu")["tiers"]["disk"]
     read(llama(), config, 300)
-    after = plan(folder, 300, config, device="cpu")["tiers"]["disk"]
+    report = plan(folder, 300, config, device="cpu")
+    after = report["tiers"]["disk"]
+    assert "are counted beside this text, as if it was another one: what is stored of it" in report["notes"][-1]
     assert "saved_before" not in before["lines"]
     assert after["needed"] == before["needed"] + after["lines"]["saved_before"]
     with kvtier.offload(llama(), config) as kv:  # another text
@@ -494,6 +517,21 @@ def test_a_device_budget_or_a_smaller_summary_that_is_advised_suffices(big):
     rank, bits = re.findall(r"\d+", advised(report, r"(rank = \d+, bits = \d+): then the device suffices"))
     smaller = {"store": {"dtype": "int4"}, "summary": {"rank": int(rank), "bits": int(bits)}}
     assert plan(big, 4 * MIB, smaller, **small)["fits"]
+
+
+def test_two_levels_that_are_advised_suffice(big):
+    small, dtype = BIG | {"gpu": "4GiB"}, {"dtype": "int4"}
+    report = plan(big, 4 * MIB, {"store": dtype}, **small)
+    assert advised(report, r"levels = 2: then the device suffices; (\S+) GiB of sketches go to the host") == "7.88"
+    two = plan(big, 4 * MIB, {"store": dtype, "summary": {"levels": 2}}, **small)
+    assert two["fits"]
+    assert two["settings"]["summary"]["levels"] == 2
+    assert two["tiers"]["host"]["lines"]["fine_codes"] == 28 * 8 * 131072 * 288
+    assert "fine codes of the summaries" in table(two)
+    terms = {term["what"]: term["amount"] for term in two["rates"]["decode"]["terms"]}
+    retired = (4 * MIB - 32 - 3617) // 32
+    assert terms["summaries"] == pytest.approx(28 * 8 * retired * 30, rel=1e-4)
+    assert terms["fine codes of candidates"] == 28 * 8 * 8 * 111 * 288
 
 
 def test_a_dtype_that_is_advised_suffices(big):
@@ -734,6 +772,12 @@ def test_measuring_a_disk_that_fails(tmp_path, monkeypatch):
         kvtier.KvtierError, match=rf"the disk of {tmp_path} cannot be measured: .*gone.*; choose another"
     ):
         bandwidth.measure("cpu", tmp_path)
+
+
+def test_the_table_is_the_one_in_the_docs(big):
+    report = plan(big, 4 * MIB, {"store": {"dtype": "int4"}}, card="RTX 4090", **BIG)
+    text = table(report).replace("llama-3b:", "Llama-3.2-3B:")
+    assert text in (Path(__file__).parents[1] / "docs" / "plan.md").read_text()
 
 
 @pytest.mark.usefixtures("quick")
