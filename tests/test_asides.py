@@ -19,13 +19,9 @@ from kvtier.runtime.errors import StoreError
 from kvtier.runtime.library import Library
 from kvtier.verify_store import verify_store
 
+pytestmark = pytest.mark.usefixtures("quick_store")
+
 BEGUN = dataclasses.replace(COMMIT, tokens=32, chunks=4, complete=False)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-    monkeypatch.setattr(os, "fdatasync", lambda fd: None)
 
 
 @pytest.fixture

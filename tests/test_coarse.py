@@ -230,18 +230,20 @@ def test_choice_is_that_of_the_kernels(score_bytes, monkeypatch):
         rig.feed(sequence, random_tokens(TWO, 300))
         chunks, summary = sequence.layers[1], rig.engine.summary
         n = chunks.retired - 1
-        rows = draw(2, 11, 16, seed=8)
-        found = rig.engine._selection.choose(chunks, rows, n, 2)
         codes = chunks.codes.part(0, n)
         mean, to, back = state = chunks.fitted.state
         tokens = coarse.decode_sketch(codes["codes"], codes["scale"], summary.bits)
         level = coarse.fit_coarse(tokens[:, :SLAB], to)
-        scores = coarse.coarse_scores(rows, *coarse.encode_coarse(tokens, level), level, mean, back)
-        candidates = top_chunks(chunk_weights(scores), 6)
-        fine = summary.scores(state, codes, rows).gather(2, candidates[:, None].expand(-1, 11, -1))
-        expected = candidates.gather(1, top_chunks(coarse.candidate_weights(scores, candidates, fine), 2))
-        assert torch.equal(found, expected)
-        assert not torch.equal(found, top_chunks(chunk_weights(scores), 2)), "the fine codes decide nothing here"
+        encoded, fine_codes_decide = coarse.encode_coarse(tokens, level), False
+        for seed in range(40):  # a query that counts too much changes few choices
+            rows = draw(2, 11, 16, seed=seed)
+            scores = coarse.coarse_scores(rows, *encoded, level, mean, back)
+            candidates = top_chunks(chunk_weights(scores), 6)
+            fine = summary.scores(state, codes, rows).gather(2, candidates[:, None].expand(-1, 11, -1))
+            expected = candidates.gather(1, top_chunks(coarse.candidate_weights(scores, candidates, fine), 2))
+            assert torch.equal(rig.engine._selection.choose(chunks, rows, n, 2), expected)
+            fine_codes_decide |= not torch.equal(expected, top_chunks(chunk_weights(scores), 2))
+        assert fine_codes_decide
 
 
 def test_the_same_choice_on_every_run():

@@ -14,14 +14,10 @@ from kvtier.runtime.commit_record import SLOT_BYTES, Commit, checksum, read_comm
 from kvtier.runtime.errors import StoreError
 from kvtier.runtime.summary import KINDS
 
+pytestmark = pytest.mark.usefixtures("quick_store")
+
 FIRST = Commit(1, 100, 9, 4, False, False, 1, 76, 100, 2**32 - 1, 7, {"fitted/0": ("float32", [2, 2, 16], 11)})
 SECOND = dataclasses.replace(FIRST, number=2, tokens=130, chunks=13, blocks=5, window=0, complete=True, rewound=True)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-    monkeypatch.setattr(os, "fdatasync", lambda fd: None)
 
 
 def as_read(commit):

@@ -18,13 +18,9 @@ from kvtier.runtime.commit_record import Commit, checksum, write_commit
 from kvtier.runtime.errors import StoreError
 from kvtier.runtime.library import VERSION, Library
 
+pytestmark = pytest.mark.usefixtures("quick_store")
+
 COMMIT = Commit(1, 100, 9, 4, True, False, 1, 76, 100, 0, 0, {})
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-    monkeypatch.setattr(os, "fdatasync", lambda fd: None)
 
 
 @pytest.fixture

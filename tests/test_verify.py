@@ -27,16 +27,10 @@ from kvtier.runtime.sequence_checks import SequenceChecks
 from kvtier.runtime.sequence_files import PIECE, SHARD_CHUNKS, SequenceFiles, SequenceLayout
 from kvtier.runtime.zarr_arrays import write_whole
 
+pytestmark = pytest.mark.usefixtures("quick_store")
+
 ROOMY = {"gpu": "16MiB", "host": "16MiB", "disk": "64MiB"}
 SHORT, LONG = 330, 460
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """No fsync, and the plain engine of ``RecordIO``: an AIO context takes 30 ms to close."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-    monkeypatch.setattr(os, "fdatasync", lambda fd: None)
-    monkeypatch.setattr(direct_io, "_engine_of", lambda folder, nbytes: (direct_io.BUFFERED, []))
 
 
 class Stop(Exception):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import zarr
 from models import prompt, tiny_llama
-from session_cases import BOOK, KINDS, MORE, ROOMY, config, logits_of, quicken
+from session_cases import BOOK, KINDS, MORE, ROOMY, config, logits_of
 
 import kvtier
 from kvtier import durable
@@ -33,6 +33,8 @@ from kvtier.runtime.zarr_arrays import (
     write_whole,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_store")
+
 DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32]
 DTYPES += [torch.float16, torch.float32, torch.float64, torch.bfloat16]
 SHAPES = {
@@ -44,11 +46,6 @@ SHAPES = {
     "sharded": ((3, 5, 2, 16), (3, 4, 2, 16), (1, 1, 1, 16)),
     "an empty one, sharded": ((3, 0, 2, 16), (3, 4, 2, 16), (1, 1, 1, 16)),
 }
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    quicken(monkeypatch)
 
 
 def random(shape, dtype):
